@@ -1,0 +1,137 @@
+"""The contract between the driver and a backend: probe, build, run, time, explain.
+
+A target lowers what the graph says and nothing else; it lives in ``edgecompile.targets`` and is found by name.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from edgecompile.graph import Graph
+
+
+@dataclass(frozen=True)
+class Capability:
+    """One line of ``edgecompile doctor``.
+
+    Attributes:
+        name: what it is, e.g. ``onnxruntime CPU provider``.
+        available: whether it works here.
+        version: its version, or ``""``.
+        detail: what it can do here, or why it cannot.
+        fix: the command that gets it, or ``""``.
+    """
+
+    name: str
+    available: bool
+    version: str = ""
+    detail: str = ""
+    fix: str = ""
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """Time of one layer of an engine.
+
+    Attributes:
+        name: the engine's own name for it.
+        op: kind of kernel or operator.
+        microseconds: median time of one execution.
+        nodes: names of the ONNX nodes (of the graph given to ``build``) that it executes.
+        modules: their torch module paths.
+    """
+
+    name: str
+    op: str
+    microseconds: float
+    nodes: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EngineManifest:
+    """What an engine is and where it runs.
+
+    Attributes:
+        target: name of the target.
+        files: names of the engine's files, relative to the bundle; the first is the engine.
+        versions: runtime versions it was built with.
+        device: the device it was built for.
+        options: the target options, as given and defaulted.
+    """
+
+    target: str
+    files: tuple[str, ...]
+    versions: Mapping[str, str]
+    device: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Engine(ABC):
+    """A compiled model, ready to run.
+
+    Attributes:
+        manifest: what it is.
+        clock: what :meth:`call` is timed with: ``"thread_cpu"`` (one CPU thread), ``"wall"`` or ``"cuda_event"``.
+        threads: CPU threads it uses, 0 if it does not run on the CPU.
+    """
+
+    manifest: EngineManifest
+    clock: str
+    threads: int
+
+    @abstractmethod
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name, in the model's order."""
+
+    @abstractmethod
+    def call(self, feeds: Mapping[str, np.ndarray]):
+        """A function without arguments that executes the engine once on ``feeds``, with little overhead."""
+
+    @abstractmethod
+    def layers(self, feeds: Mapping[str, np.ndarray], repeats: int = 10) -> list[LayerTime]:
+        """Per-layer times in execution order, from the runtime's own profiler."""
+
+    def close(self) -> None:  # noqa: B027 - most engines hold nothing that needs closing
+        """Free what the engine holds."""
+
+
+class Target(ABC):
+    """A backend.
+
+    Attributes:
+        name: how the command line calls it.
+        options: option name -> (default, help); all values are given as text on the command line.
+        pipelines: precision -> pass spec that prepares a graph for this target.
+    """
+
+    name: ClassVar[str]
+    options: ClassVar[Mapping[str, tuple[Any, str]]] = {}
+    pipelines: ClassVar[Mapping[str, str]] = {"fp32": "clean,fold_norm"}
+
+    @abstractmethod
+    def probe(self) -> Sequence[Capability]:
+        """What is here and what is missing; never raises."""
+
+    @abstractmethod
+    def build(self, graph: Graph, folder: Path, options: Mapping[str, Any]) -> Engine:
+        """Lower ``graph``, write the engine's files into ``folder``, return the engine.
+
+        Raises:
+            EnvironmentMissing: the runtime is not installed or cannot use this machine.
+            InputError: an option is unknown, or the runtime rejects the graph (named by module path).
+        """
+
+    @abstractmethod
+    def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
+        """Open an engine that :meth:`build` wrote; ``graph`` is the bundle's ``model.onnx``.
+
+        Raises:
+            EnvironmentMissing: it was built for another device, runtime or version.
+        """

@@ -1,0 +1,98 @@
+"""The zoo: SHViT, EfficientViT, LitePose, DAMO-YOLO, DEA-Net and RePaViT in their training form.
+
+Every model has the parameter count of the authors' implementation and its state-dict keys and shapes, so published
+checkpoints load unchanged. Importing this package does not import torch; creating a model does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from edgecompile.errors import InputError, missing_extra
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the zoo.
+
+    Attributes:
+        module: the file of this package that builds it; its ``create(name, **options)`` returns the module.
+        resolution: native square input size in pixels; the input is float32 ``[1, 3, resolution, resolution]``.
+        task: what its outputs are.
+        paper: where the architecture is published.
+    """
+
+    module: str
+    resolution: int
+    task: str
+    paper: str
+
+    @property
+    def input_shape(self) -> tuple[int, int, int, int]:
+        """Shape of one example input, NCHW."""
+        return (1, 3, self.resolution, self.resolution)
+
+
+_SHVIT = "Yun & Ro, SHViT, CVPR 2024"
+_EFFICIENTVIT = "Liu et al., EfficientViT, CVPR 2023"
+_LITEPOSE = "Wang et al., Lite Pose, CVPR 2022"
+_DAMO = "Xu et al., DAMO-YOLO, 2022"
+_REPAVIT = "Xu et al., RePaViT, ICML 2025"
+
+ZOO: dict[str, Entry] = {
+    **{f"shvit_s{i}": Entry("shvit", 256 if i == 4 else 224, "classification", _SHVIT) for i in range(1, 5)},
+    **{f"efficientvit_m{i}": Entry("efficientvit", 224, "classification", _EFFICIENTVIT) for i in range(6)},
+    **{
+        f"litepose_{v}": Entry("litepose", r, "pose", _LITEPOSE)
+        for v, r in (("xs", 256), ("s", 448), ("m", 448), ("l", 512))
+    },
+    **{f"damoyolo_{v}": Entry("damoyolo", 640, "detection", _DAMO) for v in "tsml"},
+    **{f"damoyolo_n{v}": Entry("damoyolo", 416, "detection", _DAMO) for v in "sml"},
+    "deanet": Entry("deanet", 256, "dehazing", "Chen et al., DEA-Net, IEEE TIP 2024"),
+    **{f"repavit_{v}": Entry("repavit", 224, "classification", _REPAVIT) for v in ("tiny", "small", "base")},
+    "repaswin_tiny": Entry("repavit", 224, "classification", _REPAVIT),
+}
+
+
+def names() -> list[str]:
+    """Names of every model of the zoo, grouped by family."""
+    return list(ZOO)
+
+
+def create(name: str, *, checkpoint: str | Path | None = None, **options: Any) -> nn.Module:
+    """Build a zoo model in its training form, in eval mode.
+
+    Args:
+        name: one of :func:`names`.
+        checkpoint: a published or own checkpoint file, loaded strictly; see :func:`edgecompile.models.checkpoint.load`.
+        options: options of the family, for example ``num_classes``, ``joints`` (LitePose) or ``idle_ratio`` (RePaViT).
+
+    Raises:
+        InputError: the name or an option is unknown, or the checkpoint does not fit.
+    """
+    if name not in ZOO:
+        close = difflib.get_close_matches(name, ZOO, 1)
+        raise InputError(
+            f"no model named {name!r} in the zoo",
+            f"did you mean {close[0]!r}?" if close else "",
+            "`edgecompile models` lists the names",
+        )
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise missing_extra(f"cannot build {name}", "torch", "torch") from None
+    module = importlib.import_module(f"edgecompile.models.{ZOO[name].module}")
+    model = module.create(name, **options).eval()
+    if checkpoint is not None:
+        from edgecompile.models.checkpoint import load
+
+        load(model, checkpoint)
+    return model
