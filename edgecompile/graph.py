@@ -27,6 +27,7 @@ from typing import TypeAlias
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.importers.onnx_importer import get_onnx_tensor_dtype, get_onnx_tensor_shape
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
@@ -559,23 +560,27 @@ class Graph(gs.Graph):
             raise InputError("the graph has a cycle", f"through {where(stuck)}")
         self.nodes = [self.nodes[i] for i in order]
 
-    def infer_shapes(self) -> None:
-        """Fill in element types and shapes of all tensors by ONNX shape inference with data propagation.
+    def infer_shapes(self, *, outputs: bool = False) -> None:
+        """Fill in element types and shapes by ONNX shape inference with data propagation.
+
+        Args:
+            outputs: also those of the model's outputs, which are part of its signature.
 
         Raises:
             InputError: types or shapes contradict one another.
         """
         model, _ = self.to_probe()
         try:
-            inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+            inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
         except Exception as error:
             raise InputError("shape inference failed", _one_line(error)) from None
-        known = {v.name: v for v in inferred.graph.value_info}
+        known = {v.name: v for v in [*inferred.value_info, *(inferred.output if outputs else ())]}
+        fixed = {id(t) for t in [*self.inputs, *(() if outputs else self.outputs)]}
         for tensor in self.tensors().values():
             info = known.get(tensor.name)
-            if isinstance(tensor, gs.Variable) and info is not None and info.type.HasField("tensor_type"):
-                tensor.dtype = gs.importers.onnx_importer.get_onnx_tensor_dtype(info)
-                shape = gs.importers.onnx_importer.get_onnx_tensor_shape(info)
+            if isinstance(tensor, gs.Variable) and id(tensor) not in fixed and info and info.type.HasField("tensor_type"):
+                tensor.dtype = get_onnx_tensor_dtype(info)
+                shape = get_onnx_tensor_shape(info)
                 if shape is not None:
                     tensor.shape = list(shape)
 

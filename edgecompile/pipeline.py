@@ -216,6 +216,7 @@ class Pipeline:
         limit: int | None = None,
         verify: bool = True,
         progress: Callable[[str], None] | None = None,
+        on_step: Callable[[Step, Graph], None] | None = None,
     ) -> Trace:
         """Apply the passes to ``graph`` in place.
 
@@ -226,6 +227,7 @@ class Pipeline:
             limit: number of the last rewrite to apply.
             verify: compare numbers after each pass; structure is always checked.
             progress: called with the name of each step as it starts.
+            on_step: called with each finished step and the graph it left, which it must not change.
 
         Raises:
             InputError: the graph is invalid, or does not run on the feeds, before any pass has touched it.
@@ -291,6 +293,8 @@ class Pipeline:
                 )
             )  # fmt: skip
             before, reference = after, outputs
+            if on_step:
+                on_step(steps[-1], graph)
         return Trace(tuple(steps))
 
 

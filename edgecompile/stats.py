@@ -13,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
+import onnx
 import onnx_graphsurgeon as gs
 
 from edgecompile.errors import InputError
-from edgecompile.graph import Graph
+from edgecompile.graph import Graph, provenance
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,9 @@ class Stats:
 
 
 def count(graph: Graph, feeds: Mapping[str, np.ndarray] | None = None) -> Stats:
-    """Totals of a graph; MACs at the shapes of ``feeds`` if given."""
+    """Totals of a graph; MACs at the shapes of ``feeds`` if given, else for a batch of one."""
     constants = list(graph._constants())
-    floats = (t for t in constants if np.dtype(t.dtype).kind in "fV" and math.prod(t.shape) > 1)
+    floats = (t for t in constants if _is_parameter(t))
     per_node = node_macs(graph, feeds)
     macs = None if any(m is None for m in per_node) else sum(m for m in per_node if m)
     return Stats(
@@ -60,13 +61,15 @@ def node_macs(graph: Graph, feeds: Mapping[str, np.ndarray] | None = None) -> li
     for tensor in shaped.inputs:
         if feeds and tensor.name in feeds:
             tensor.shape = list(feeds[tensor.name].shape)
-    if feeds:  # stale symbolic shapes would win over what inference finds
+        elif tensor.shape and not isinstance(tensor.shape[0], int):
+            tensor.shape = [1, *tensor.shape[1:]]
+    if shaped.signature() != graph.signature():  # stale symbolic shapes would win over what inference finds
         inputs = {id(t) for t in shaped.inputs}
         for tensor in shaped.tensors().values():
             if isinstance(tensor, gs.Variable) and id(tensor) not in inputs:
                 tensor.shape = None
     with contextlib.suppress(InputError):
-        shaped.infer_shapes()
+        shaped.infer_shapes(outputs=True)
     return [_macs(node) for node in shaped.nodes]
 
 
@@ -74,6 +77,45 @@ def ops(graph: Graph) -> dict[str, int]:
     """Number of nodes by operator type, most frequent first; foreign domains are spelled out."""
     counted = Counter(f"{n.domain}::{n.op}" if n.domain else n.op for n in graph.walk())
     return dict(counted.most_common())
+
+
+@dataclass(frozen=True)
+class ModuleStats:
+    """Totals of the nodes of one torch module, with everything beneath it.
+
+    Attributes:
+        module: its path, ``""`` for nodes whose module is unknown.
+        nodes, parameters, macs: as in :class:`Stats`; a weight counts where it is first read.
+    """
+
+    module: str
+    nodes: int
+    parameters: int
+    macs: int | None
+
+
+def by_module(graph: Graph, depth: int, feeds: Mapping[str, np.ndarray] | None = None) -> list[ModuleStats]:
+    """Totals per torch module, in order of execution; deeper modules are added to their ancestor at ``depth``."""
+    rows: dict[str, list[int | None]] = {}
+    counted: set[int] = set()
+    for node, macs in zip(graph.nodes, node_macs(graph, feeds), strict=True):
+        first = next(iter(provenance(node).modules), "")
+        row = rows.setdefault(".".join(first.split(".")[:depth]), [0, 0, 0])
+        fresh = [t for t in node.inputs if isinstance(t, gs.Constant) and id(t) not in counted and _is_parameter(t)]
+        counted.update(map(id, fresh))
+        row[0] = (row[0] or 0) + 1
+        row[1] = (row[1] or 0) + sum(math.prod(t.shape) for t in fresh)
+        row[2] = None if row[2] is None or macs is None else row[2] + macs
+    return [ModuleStats(name, n or 0, p or 0, m) for name, (n, p, m) in rows.items()]
+
+
+def type_name(dtype: int) -> str:
+    """The name of an ONNX element type, e.g. ``float32``."""
+    return np.dtype(onnx.helper.tensor_dtype_to_np_dtype(dtype)).name if dtype else "?"
+
+
+def _is_parameter(tensor: gs.Constant) -> bool:
+    return np.dtype(tensor.dtype).kind in "fV" and math.prod(tensor.shape) > 1
 
 
 def _known(shape) -> bool:

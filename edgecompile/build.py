@@ -1,0 +1,209 @@
+"""The main job: a source in, a verified bundle out."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import shlex
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgecompile import __version__, bundle, measure, oracle, registry, report, stats
+from edgecompile.bundle import Bundle
+from edgecompile.errors import InputError, ParityError
+from edgecompile.files import new_folder
+from edgecompile.frontend import Source
+from edgecompile.graph import Graph
+from edgecompile.oracle import OutputError, Outputs
+from edgecompile.pipeline import Pipeline, Step
+from edgecompile.target import Engine, Target
+
+# Largest difference between the engine and its reference, relative to the largest value of the output. Different
+# kernels sum in different orders; the deepest detectors need the most room.
+TOLERANCE = {"fp32": 1e-4}
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to build.
+
+    Attributes:
+        target: name of the target.
+        precision: one of the target's pipelines.
+        passes: a pass spec instead of the target's own; ``""`` runs no pass.
+        strict: stop when a pass fails, instead of going on without it.
+        bench: measure latency and layer times.
+        seed: of random weights and probe inputs.
+        target_options: options of the target, as text or typed.
+        seconds: measuring time in all.
+    """
+
+    target: str = "ort"
+    precision: str = "fp32"
+    passes: str | None = None
+    strict: bool = False
+    bench: bool = True
+    seed: int = 0
+    target_options: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 10.0
+
+
+def pipeline_spec(options: Options) -> str:
+    """The pass spec that these options mean.
+
+    Raises:
+        InputError: the target has no such precision.
+    """
+    if options.passes is not None:
+        return options.passes
+    target = registry.target(options.target)
+    if options.precision not in target.pipelines:
+        raise InputError(
+            f"target {options.target} cannot build {options.precision}",
+            f"it builds {', '.join(target.pipelines)}",
+            "choose another --precision",
+        )
+    return target.pipelines[options.precision]
+
+
+def build(source: Source, out: Path, options: Options, progress: Callable[[str], None] | None = None) -> Bundle:
+    """Run the passes, lower, prove parity, measure, and write the bundle as a whole or not at all.
+
+    Args:
+        source: what :func:`edgecompile.frontend.load` returned.
+        out: folder of the bundle; a bundle already there is replaced.
+        options: how to build.
+        progress: called with what is being done.
+
+    Raises:
+        InputError: an option or the model cannot be used.
+        ParityError: the engine does not compute what the source does; nothing is written.
+        PassError: a pass failed, with ``options.strict``.
+        EnvironmentMissing: the target's runtime is missing.
+    """
+    say = progress or (lambda _: None)
+    if out.is_dir() and any(out.iterdir()) and not bundle.is_bundle(out):
+        raise InputError(f"{out} holds something that is not a bundle", "it would be replaced", "choose another -o")
+    target = registry.target(options.target)
+    spec = pipeline_spec(options)
+    pipeline = Pipeline.parse(spec) if spec else Pipeline(())
+    clock = _Clock()
+    graph = source.graph.copy()
+    stages: list[tuple[Step, Graph]] = []
+    with clock("passes"):
+        trace = pipeline.run(
+            graph,
+            source.feeds,
+            strict=options.strict,
+            progress=lambda name: say(f"pass {name}"),
+            on_step=lambda step, after: stages.append((step, after.copy())) if step.rewrites else None,
+        )
+    with new_folder(out) as folder, tempfile.TemporaryDirectory(prefix="edgecompile-") as scratch:
+        files = [f.name for f in graph.save(folder / bundle.MODEL)]
+        say(f"building the {options.target} engine")
+        with clock("build"):
+            engine = target.build(graph, folder, options.target_options)
+        say("checking parity")
+        with clock("parity"):
+            reference = source.reference or tuple(oracle.run(source.graph, f) for f in source.feeds)
+            errors = oracle.worst(
+                oracle.compare_all(r, engine.run(f)) for f, r in zip(source.feeds, reference, strict=True)
+            )
+        tolerance = TOLERANCE[options.precision]
+        _require_parity(errors, tolerance, source)
+        latency, layers = [], []
+        if options.bench:
+            with clock("measure"):
+                latency = _measure(target, engine, source, stages, options, Path(scratch), say)
+                say("profiling layers")
+                layers = engine.layers(source.feeds[0])
+        bundle.write_probe(folder, source.feeds[0], reference[0])
+        made = report.Report.from_build(
+            source=source,
+            options=options,
+            spec=spec,
+            command=shlex.join(sys.argv),
+            created=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            trace=trace,
+            before=stats.count(source.graph, source.feeds[0]),
+            after=stats.count(graph, source.feeds[0]),
+            parity=errors,
+            tolerance=tolerance,
+            latency=latency,
+            layers=layers,
+            engine=engine.manifest,
+            machine=measure.machine(),
+            seconds=clock.seconds,
+            files=[folder / f for f in (*files, *engine.manifest.files)],
+        )
+        made.write(folder)
+        engine.close()
+        manifest = bundle.write_manifest(
+            folder,
+            engine.manifest,
+            name=source.name,
+            precision=options.precision,
+            passes=str(pipeline),
+            digest=graph.digest(),
+            versions={"edgecompile": __version__, **source.versions, **engine.manifest.versions},
+        )
+    return Bundle(out, manifest)
+
+
+def _require_parity(errors: Mapping[str, OutputError], tolerance: float, source: Source) -> None:
+    for name, error in errors.items():
+        if not error.max_rel <= tolerance:
+            raise ParityError(
+                f"the engine of {source.name} is not the same model",
+                f"output {name!r} differs by {error.max_rel:.1e} of its largest value, {tolerance:.0e} is allowed",
+                "find the rewrite at fault with `edgecompile bisect`, or leave a pass out with --passes",
+            )
+
+
+def _measure(
+    target: Target,
+    engine: Engine,
+    source: Source,
+    stages: Sequence[tuple[Step, Graph]],
+    options: Options,
+    scratch: Path,
+    say: Callable[[str], None],
+) -> list[tuple[str, measure.Samples]]:
+    """Time the engine, the plain export and what each pass left, interleaved; the plain export first."""
+    graphs = [("plain export", source.graph)] + [(step.spec, graph) for step, graph in stages[:-1]]
+    arms: dict[str, Engine] = {}
+    for number, (label, graph) in enumerate(graphs):
+        folder = scratch / str(number)
+        folder.mkdir()
+        arms[label] = target.build(graph, folder, options.target_options)
+    arms["engine"] = engine
+    say("measuring latency")
+    feeds: Outputs = source.feeds[0]
+    samples = measure.interleave(
+        {label: arm.call(feeds) for label, arm in arms.items()},
+        engine.clock,
+        seconds=options.seconds,
+        seed=options.seed,
+    )
+    for label, arm in arms.items():
+        if label != "engine":
+            arm.close()
+    return list(samples.items())
+
+
+class _Clock:
+    """Wall time per phase of the build, in seconds."""
+
+    def __init__(self):
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = time.perf_counter() - start

@@ -1,0 +1,551 @@
+"""The command line: one function per command, no logic; errors become one message and an exit code."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgecompile import __version__
+from edgecompile.errors import EdgecompileError, InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from edgecompile.frontend import Source
+
+_TROUBLE, _INTERRUPTED = 70, 130
+
+
+class _Group(click.Group):
+    """Turns every exception into one message on stderr and the exit code of the design."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+            sys.exit(code if isinstance(code, int) else 0)
+        except EdgecompileError as error:
+            _complain(error.what, error.why, error.fix)
+            sys.exit(error.exit_code)
+        except click.exceptions.Abort:
+            _complain("interrupted")
+            sys.exit(_INTERRUPTED)
+        except click.ClickException as error:
+            hint = (
+                f"`{error.ctx.command_path} --help` shows how"
+                if isinstance(error, click.UsageError) and error.ctx
+                else ""
+            )
+            _complain(error.format_message(), fix=hint)
+            sys.exit(2)
+        except KeyboardInterrupt:
+            _complain("interrupted")
+            sys.exit(_INTERRUPTED)
+        except BrokenPipeError:  # the reader of our output has gone, as in `edgecompile models | head -1`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except Exception as error:  # a defect of ours: keep the evidence, spare the reader
+            handle, path = tempfile.mkstemp(prefix="edgecompile-crash-", suffix=".txt")
+            with os.fdopen(handle, "w") as file:
+                file.write(f"edgecompile {__version__}\n{sys.argv}\n{traceback.format_exc()}")
+            _complain(
+                f"edgecompile failed: {type(error).__name__}: {error}", "this is a defect of edgecompile",
+                f"please report it with {path}",
+            )  # fmt: skip
+            sys.exit(_TROUBLE)
+
+
+def _complain(what: str, why: str = "", fix: str = "") -> None:
+    lines = [f"error: {what}"] + [f"  {k}: {v}" for k, v in (("why", why), ("fix", fix)) if v]
+    for line in lines:
+        click.echo(printable(line), err=True)
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, control and direction-changing characters escaped: names may come from a hostile model."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+@click.group(
+    cls=_Group,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="\b\nExample:\n  edgecompile build shvit_s1 --target ort\n  edgecompile build model.py -o build/model",
+)
+@click.version_option(__version__, prog_name="edgecompile")
+def main() -> None:
+    """PyTorch in, the fastest engine that is still the same model out."""
+
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of a table.")
+_inputs = click.option(
+    "--input", "inputs", multiple=True, metavar="NAME:1x3x224x224[:float32]", help="Shape and type of an input."
+)
+_dynamic = click.option(
+    "--dynamic",
+    multiple=True,
+    metavar="NAME:0=1:4:16",
+    help="Dynamic axis of an input, with least:usual:largest extent.",
+)
+_checkpoint = click.option(
+    "--checkpoint", type=click.Path(path_type=Path), help="Weights for a zoo model; random ones without it."
+)
+_seed = click.option("--seed", default=0, show_default=True, help="Seed of random weights and inputs.")
+_passes_option = click.option("--passes", metavar="SPEC", help="Passes and options, e.g. clean,fold_norm.")
+
+
+@main.command(
+    epilog="\b\nExamples:\n  edgecompile build shvit_s1 --target ort\n"
+    "  edgecompile build model.py:small --target ort -o build/small --dynamic x:0=1:4:16\n"
+    "  edgecompile build net.onnx --target ort --option threads=1 --option ort_format=true"
+)
+@click.argument("source")
+@click.option("--target", default="ort", show_default=True, help="Backend: see `edgecompile doctor`.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle folder  [default: build/NAME]")
+@click.option("--precision", default="fp32", show_default=True, help="Precision of the engine.")
+@_passes_option
+@_inputs
+@_dynamic
+@_checkpoint
+@click.option(
+    "--option", "target_options", multiple=True, metavar="KEY=VALUE", help="Option of the target, e.g. threads=1."
+)
+@click.option("--strict", is_flag=True, help="Stop when a pass fails, instead of going on without it.")
+@click.option("--no-bench", is_flag=True, help="Do not measure latency.")
+@_seed
+@click.option("--config", type=click.Path(path_type=Path), help="TOML file; its [build] table gives these options.")
+@_json
+@click.pass_context
+def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
+    """Compile SOURCE to a verified engine with a latency report.
+
+    SOURCE is model.py, model.py:factory, a zoo name (see `edgecompile models`), file.onnx, file.pt2, or a bundle to be
+    built again for this machine.
+    """
+    from edgecompile import build as driver
+    from edgecompile import bundle, report
+
+    given = _with_config(ctx, config, given)
+    if bundle.is_bundle(given["source"]) and given["output"] is None:
+        given["output"] = Path(given["source"])
+    options = driver.Options(
+        target=given["target"],
+        precision=given["precision"],
+        passes=given["passes"],
+        strict=given["strict"],
+        bench=not given["no_bench"],
+        seed=given["seed"],
+        target_options=dict(_pair(o) for o in given["target_options"]),
+    )
+    if options.passes is None and not bundle.is_bundle(given["source"]):
+        driver.pipeline_spec(options)  # a wrong target or precision fails before the export
+    with _progress() as say, _source(given, say) as source:
+        out = given["output"] or Path("build") / _stem(source.name)
+        made = driver.build(source, out, options, say)
+    document = json.loads((made.path / "report.json").read_text())
+    if given["as_json"]:
+        _print_json(document)
+        return
+    report.Report.from_json(document).print_table(_console())
+    _console().print(
+        f"\n[bold]{made.path}[/]  engine, model.onnx, report.html, report.md, report.json", highlight=False
+    )
+
+
+@main.command(epilog="\b\nExample:\n  edgecompile opt net.onnx -o net.opt.onnx --passes clean,fold_norm")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="ONNX file to write.")
+@_passes_option
+@_inputs
+@click.option("--strict", is_flag=True, help="Stop when a pass fails, instead of going on without it.")
+@click.option("--no-verify", is_flag=True, help="Check the structure only, not the numbers.")
+@click.option("--limit", type=int, help="Number of the last rewrite to apply.")
+@_seed
+@_json
+def opt(
+    model: Path, output: Path, passes: str | None, inputs: tuple[str, ...], strict: bool, no_verify: bool,
+    limit: int | None, seed: int, as_json: bool,
+) -> None:  # fmt: skip
+    """Run passes on an ONNX file: ONNX in, ONNX out. Without --passes, every exact pass runs."""
+    from edgecompile.graph import Graph
+    from edgecompile.pipeline import Pipeline
+
+    if output.is_dir():
+        raise InputError(f"cannot write {output}", "it is a folder", "give the name of an .onnx file")
+    pipeline = Pipeline.parse(passes or _exact_passes())
+    graph = Graph.load(model)
+    with _progress() as say:
+        trace = pipeline.run(
+            graph, _given_feeds(graph, inputs, seed), strict=strict, limit=limit, verify=not no_verify, progress=say
+        )
+        say(f"writing {output}")
+        graph.save(output)
+    steps = [_step_row(s) for s in trace.steps]
+    if as_json:
+        _print_json({"schema": "edgecompile.opt/1", "output": str(output), "steps": steps})
+        return
+    console = _console()
+    console.print(_table(f"{model} -> {output}", steps))
+    for step in trace.steps:
+        for note in step.notes:
+            console.print(f"  {step.spec}: {note}", markup=False, highlight=False)
+        if step.failure:
+            console.print(f"[red]rolled back[/] {step.spec}: {step.failure}", highlight=False)
+
+
+@main.command(
+    epilog="\b\nExamples:\n  edgecompile verify net.onnx net.opt.onnx\n  edgecompile verify model.py build/model"
+)
+@click.argument("first", metavar="A")
+@click.argument("second", metavar="B")
+@click.option(
+    "--tolerance", default=1e-4, show_default=True, help="Largest error, relative to the output's largest value."
+)
+@click.option("--layers", default=5, show_default=True, help="Show this many layers, worst first.")
+@_inputs
+@_seed
+@_json
+def verify(
+    first: str, second: str, tolerance: float, layers: int, inputs: tuple[str, ...], seed: int, as_json: bool
+) -> None:
+    """Are A and B the same function? Each is a bundle, an ONNX file, model.py or a zoo name. Exit 1 if not."""
+    from edgecompile import verify as checker
+
+    with _progress() as say:
+        a, feeds = _graph(first, inputs, seed, say)
+        b, _ = _graph(second, inputs, seed, say)
+        say("comparing")
+        verdict = checker.verify(a, b, feeds, tolerance)
+    outputs = {n: e.as_dict() for n, e in verdict.outputs.items()}
+    worst = [{"tensor": r.tensor, "op": r.op, "module": r.module, **r.error.as_dict()} for r in verdict.layers[:layers]]
+    if as_json:
+        _print_json(
+            {
+                "schema": "edgecompile.verify/1",
+                "same": verdict.same,
+                "tolerance": tolerance,
+                "outputs": outputs,
+                "layers": worst,
+            }
+        )
+    else:
+        console = _console()
+        console.print("[green]same function[/]" if verdict.same else "[red]not the same function[/]")
+        console.print(_table("outputs", [{"output": n, **e} for n, e in outputs.items()]))
+        if worst:
+            console.print(_table("layers that both compute, worst first", worst))
+    sys.exit(0 if verdict.same else 1)
+
+
+@main.command(epilog="\b\nExample:\n  edgecompile bisect net.onnx --passes clean,fold_norm")
+@click.argument("model", type=click.Path(path_type=Path))
+@_passes_option
+@_inputs
+@_seed
+@_json
+def bisect(model: Path, passes: str | None, inputs: tuple[str, ...], seed: int, as_json: bool) -> None:
+    """Find the first single rewrite that changes what MODEL computes. Exit 1 if there is one."""
+    from edgecompile import pipeline
+    from edgecompile.graph import Graph
+
+    graph = Graph.load(model)
+    with _progress() as say:
+        spec = pipeline.Pipeline.parse(passes or _exact_passes())
+        culprit = pipeline.bisect(graph, spec, _given_feeds(graph, inputs, seed), say)
+    if as_json:
+        found = culprit and {**vars(culprit.rewrite), "why": culprit.why, "total": culprit.total}
+        _print_json({"schema": "edgecompile.bisect/1", "culprit": found})
+    elif culprit is None:
+        click.echo("every rewrite keeps the function")
+    else:
+        click.echo(printable(f"{culprit.rewrite} (of {culprit.total}): {culprit.why}"))
+        click.echo(f"run up to it with: edgecompile opt {model} -o good.onnx --limit {culprit.rewrite.number - 1}")
+    sys.exit(0 if culprit is None else 1)
+
+
+@main.command(epilog="\b\nExamples:\n  edgecompile inspect net.onnx\n  edgecompile inspect shvit_s1 --depth 3")
+@click.argument("source", metavar="X")
+@click.option("--depth", default=2, show_default=True, help="Levels of the module tree.")
+@_inputs
+@_dynamic
+@_seed
+@_json
+def inspect(
+    source: str, depth: int, inputs: tuple[str, ...], dynamic: tuple[str, ...], seed: int, as_json: bool
+) -> None:
+    """Ops, parameters, MACs, bytes and module tree of a bundle, an ONNX file or a SOURCE."""
+    from edgecompile import stats
+
+    with _progress() as say:
+        graph, feeds = _graph(source, inputs, seed, say, dynamic)
+    shape_feeds = feeds[0] if feeds else None
+    total, ops = stats.count(graph, shape_feeds), stats.ops(graph)
+    modules = stats.by_module(graph, depth, shape_feeds)
+    signature = graph.signature()
+    ports = [
+        {
+            "name": p.name,
+            "kind": kind,
+            "type": stats.type_name(p.dtype),
+            "shape": "x".join(str(d or "?") for d in p.shape or ()),
+        }
+        for kind, found in (("input", signature.inputs), ("output", signature.outputs))
+        for p in found
+    ]
+    if as_json:
+        _print_json(
+            {
+                "schema": "edgecompile.inspect/1",
+                **total.as_dict(),
+                "opsets": graph.opsets,
+                "ir_version": graph.ir_version,
+                "ports": ports,
+                "ops": ops,
+                "modules": [vars(m) for m in modules],
+            }
+        )
+        return
+    console = _console()
+    console.print(
+        f"[bold]{_escape(source)}[/]  {total.nodes} nodes, {total.parameters:,} parameters, "
+        f"{_si(total.macs)}MACs, {total.bytes / 2**20:.1f} MiB, opset {graph.opsets.get('', '?')}",
+        highlight=False,
+    )
+    console.print(_table("", ports))
+    console.print(_table("ops", [{"op": op, "nodes": n} for op, n in ops.items()]))
+    console.print(_table("modules", [vars(m) | {"macs": _si(m.macs)} for m in modules]))
+
+
+@main.command(epilog="\b\nExample:\n  edgecompile passes")
+@_json
+def passes(as_json: bool) -> None:
+    """The passes there are, with their options."""
+    import dataclasses
+
+    from edgecompile import registry
+
+    rows = []
+    for name in registry.pass_names():
+        cls = registry.pass_class(name)
+        options = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        rows.append({"name": name, "exact": cls.exact, "options": options, "what": _summary(cls)})
+    if as_json:
+        _print_json({"schema": "edgecompile.passes/1", "passes": rows})
+        return
+    for row in rows:
+        row["options"] = ", ".join(f"{k}={v}" for k, v in row["options"].items()) or "-"
+        row["exact"] = "yes" if row["exact"] else "no"
+    _console().print(_table("", rows))
+
+
+@main.command(epilog="\b\nExample:\n  edgecompile models")
+@_json
+def models(as_json: bool) -> None:
+    """The models of the zoo."""
+    from edgecompile.models import ZOO
+
+    rows = [
+        {"name": n, "task": e.task, "input": "x".join(map(str, e.input_shape)), "published": e.paper}
+        for n, e in ZOO.items()
+    ]
+    if as_json:
+        _print_json({"schema": "edgecompile.models/1", "models": rows})
+    else:
+        _console().print(_table("", rows))
+
+
+@main.command(epilog="\b\nExample:\n  edgecompile doctor")
+@_json
+def doctor(as_json: bool) -> None:
+    """What is installed, what it can do here, what is missing and how to get it."""
+    from edgecompile import doctor as checks
+
+    if as_json:
+        _print_json(checks.as_dict())
+    else:
+        checks.render(_console())
+
+
+# -- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _exact_passes() -> str:
+    from edgecompile import registry
+
+    return ",".join(n for n in registry.pass_names() if registry.pass_class(n).exact)
+
+
+@contextlib.contextmanager
+def _source(given: dict[str, Any], say: Callable[[str], None]) -> Iterator[Source]:
+    """Load a SOURCE with its scratch folder, which must outlive it: weights may be mapped from there."""
+    from edgecompile import bundle, frontend
+
+    with tempfile.TemporaryDirectory(prefix="edgecompile-") as scratch:
+        if bundle.is_bundle(given["source"]):
+            made = bundle.Bundle.open(given["source"])
+            feeds, reference = made.probe()
+            given["passes"] = given.get("passes") or ""
+            name = str(made.manifest.get("name", Path(given["source"]).name))
+            yield frontend.Source(name, "bundle", made.graph(), (feeds,), (reference,), (), {}, ())
+            return
+        yield frontend.load(
+            given["source"],
+            inputs=dict(frontend.parse_input(i) for i in given["inputs"]),
+            dynamic=frontend.parse_dynamics(given["dynamic"]),
+            checkpoint=given.get("checkpoint"),
+            seed=given["seed"],
+            folder=Path(scratch),
+            progress=say,
+        )
+
+
+def _graph(source: str, inputs: tuple[str, ...], seed: int, say: Callable[[str], None], dynamic: tuple[str, ...] = ()):
+    """Graph and feeds (or None) of a bundle, an ONNX file or a SOURCE."""
+    from edgecompile import bundle
+    from edgecompile.graph import Graph
+
+    if bundle.is_bundle(source):
+        made = bundle.Bundle.open(source)
+        return made.graph(), [made.probe()[0]]
+    if source.endswith(".onnx"):
+        graph = Graph.load(source)
+        return graph, _given_feeds(graph, inputs, seed)
+    stack = click.get_current_context().with_resource  # the scratch folder lives as long as the command
+    given = {"source": source, "inputs": inputs, "dynamic": dynamic, "seed": seed}
+    loaded = stack(_source(given, say))
+    return loaded.graph, list(loaded.feeds)
+
+
+def _given_feeds(graph, inputs: tuple[str, ...], seed: int):
+    """Random feeds of the shapes given with --input, or None."""
+    if not inputs:
+        return None
+    from edgecompile import frontend, oracle
+
+    feeds = frontend.feeds_for(graph, dict(frontend.parse_input(i) for i in inputs), seed)
+    for feed in feeds:
+        oracle.check_feeds(graph, feed)
+    return feeds
+
+
+def _with_config(ctx: click.Context, config: Path | None, given: dict[str, Any]) -> dict[str, Any]:
+    """Options of the [build] table where the command line is silent; unknown keys are errors."""
+    if config is None:
+        return given
+    from edgecompile import config as files
+
+    names = {
+        p.name: p for p in ctx.command.params if isinstance(p, click.Option) and p.name not in ("config", "as_json")
+    }
+    keys = {name: max(p.opts, key=len).lstrip("-") for name, p in names.items() if name}
+    table = files.load(config, "build", tuple(keys.values()))
+    for name, key in keys.items():
+        source = ctx.get_parameter_source(name)
+        if key in table and source is not None and source.name == "DEFAULT":
+            given[name] = names[name].type_cast_value(ctx, table[key])
+    return given
+
+
+def _pair(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise InputError(f"--option {text} cannot be read", fix="write it like --option threads=1")
+    return key, value
+
+
+def _stem(name: str) -> str:
+    return Path(name.partition(":")[0]).stem + (f"_{name.partition(':')[2]}" if ":" in name else "")
+
+
+def _step_row(step) -> dict[str, Any]:
+    error = max((e.max_rel for e in step.errors.values()), default=0.0) if step.errors else None
+    return {
+        "pass": step.spec,
+        "rewrites": len(step.rewrites),
+        "nodes": f"{step.before.nodes} -> {step.after.nodes}",
+        "parameters": step.after.parameters,
+        "MACs": _si(step.after.macs),
+        "error": "not compared" if error is None else f"{error:.1e}",
+        "result": "rolled back" if step.failure else "kept" if step.rewrites else "nothing to do",
+    }
+
+
+def _summary(cls: type) -> str:
+    return (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
+
+
+def _si(value: float | None) -> str:
+    if value is None:
+        return "? "
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} P"
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console(soft_wrap=False)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(printable(text))
+
+
+def _table(title: str, rows: list[dict[str, Any]]):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title=_escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for key in rows[0] if rows else ():
+        table.add_column(key, justify="right" if isinstance(rows[0][key], (int, float)) else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(v) for v in row.values()))
+    return table
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else _escape(str(value))
+
+
+def _print_json(document: Any) -> None:
+    click.echo(json.dumps(_finite(document), indent=1))
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: replace non-finite numbers by their names."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A spinner with elapsed time on a terminal, plain lines on stderr elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda text: click.echo(f"... {printable(text)}", err=True)
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda text: bar.update(task, description=_escape(text))
