@@ -131,8 +131,7 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
     SOURCE is model.py, model.py:factory, a zoo name (see `edgecompile models`), file.onnx, file.pt2, or a bundle to be
     built again for this machine.
     """
-    from edgecompile import build as driver
-    from edgecompile import bundle, report
+    from edgecompile import bundle, driver, report
 
     given = _with_config(ctx, config, given)
     if bundle.is_bundle(given["source"]) and given["output"] is None:
@@ -149,8 +148,7 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
     if options.passes is None and not bundle.is_bundle(given["source"]):
         driver.pipeline_spec(options)  # a wrong target or precision fails before the export
     with _progress() as say, _source(given, say) as source:
-        out = given["output"] or Path("build") / _stem(source.name)
-        made = driver.build(source, out, options, say)
+        made = driver.build(source, given["output"] or driver.default_output(source.name), options, say)
     document = json.loads((made.path / "report.json").read_text())
     if given["as_json"]:
         _print_json(document)
@@ -460,10 +458,6 @@ def _pair(text: str) -> tuple[str, str]:
     if not equals or not key:
         raise InputError(f"--option {text} cannot be read", fix="write it like --option threads=1")
     return key, value
-
-
-def _stem(name: str) -> str:
-    return Path(name.partition(":")[0]).stem + (f"_{name.partition(':')[2]}" if ":" in name else "")
 
 
 def _step_row(step) -> dict[str, Any]:

@@ -41,6 +41,7 @@ Dim = int | str | None
 
 INLINE_LIMIT = 1 << 31  # protobuf cannot serialise 2 GiB
 _KEEP_INLINE = 1 << 20  # weights below 1 MiB stay initializers where large ones become inputs of a probe model
+_PACKED = ("int4", "uint4", "int2", "uint2")  # several values share a byte in a file, not in an array
 _MODULES, _SOURCES = "edgecompile.modules", "edgecompile.sources"
 _SCOPES, _TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
 
@@ -315,7 +316,9 @@ class Graph(gs.Graph):
         if external is None:
             external = self.external or self.weight_bytes() >= INLINE_LIMIT - (64 << 20)
         if not external:
-            write_atomic(path, [self.to_proto().SerializeToString(deterministic=True)])
+            if self.weight_bytes() >= INLINE_LIMIT:
+                raise InputError(f"cannot write {path}", "its weights exceed 2 GiB", "store them as external data")
+            write_atomic(path, _serialized(*self._skeleton()))
             return [path]
         model, weights = self._skeleton()
         data = path.with_name(path.name + ".data")
@@ -324,7 +327,7 @@ class Graph(gs.Graph):
             if tensor.name not in weights:
                 continue
             array = weights[tensor.name]
-            if array.nbytes < 1024:  # shapes and scalars stay inline, where shape inference can read them
+            if array.nbytes < 1024 or array.dtype.name in _PACKED:  # shapes stay where shape inference can read them
                 _clear_external(tensor)
                 tensor.raw_data = _bytes(array)
                 continue
@@ -578,7 +581,12 @@ class Graph(gs.Graph):
         fixed = {id(t) for t in [*self.inputs, *(() if outputs else self.outputs)]}
         for tensor in self.tensors().values():
             info = known.get(tensor.name)
-            if isinstance(tensor, gs.Variable) and id(tensor) not in fixed and info and info.type.HasField("tensor_type"):
+            if (
+                isinstance(tensor, gs.Variable)
+                and id(tensor) not in fixed
+                and info
+                and info.type.HasField("tensor_type")
+            ):
                 tensor.dtype = get_onnx_tensor_dtype(info)
                 shape = get_onnx_tensor_shape(info)
                 if shape is not None:
@@ -628,14 +636,57 @@ class _Elsewhere(LazyValues):
         self.shape, self.dtype, self.nbytes = values.shape, values.dtype, values.nbytes
 
 
+def _serialized(model: onnx.ModelProto, weights: Mapping[str, np.ndarray]) -> Iterator[bytes | memoryview]:
+    """The bytes of ``model`` with its weights inline, without building the whole message in memory.
+
+    A protobuf message is the concatenation of its fields in any order, so the initializers can follow the rest of the
+    graph, and the graph the rest of the model (https://protobuf.dev/programming-guides/encoding/).
+    """
+    streamed: list[tuple[bytes, np.ndarray]] = []
+    kept = []
+    for tensor in model.graph.initializer:
+        array = weights.get(tensor.name)
+        if array is not None and array.nbytes >= 1024 and array.dtype.name not in _PACKED:
+            _clear_external(tensor)
+            streamed.append((tensor.SerializeToString(deterministic=True) + _tag(9, array.nbytes), array))
+        else:
+            kept.append(_copied(tensor))
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    for tensor in _tensors(model.graph):
+        if tensor.name in weights and tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _clear_external(tensor)
+            tensor.raw_data = _bytes(weights[tensor.name])
+    graph = model.graph.SerializeToString(deterministic=True)
+    model.ClearField("graph")
+    heads = [(_tag(5, len(head) + array.nbytes) + head, array) for head, array in streamed]
+    yield model.SerializeToString(deterministic=True)
+    yield _tag(7, len(graph) + sum(len(head) + array.nbytes for head, array in heads))
+    yield graph
+    for head, array in heads:
+        yield head
+        yield _buffer(array)
+
+
+def _tag(number: int, size: int) -> bytes:
+    """Key and length of a length-delimited protobuf field."""
+    encoded = bytearray()
+    for value in (number << 3 | 2, size):
+        while value > 0x7F:
+            encoded.append(value & 0x7F | 0x80)
+            value >>= 7
+        encoded.append(value)
+    return bytes(encoded)
+
+
 def _clear_external(tensor: onnx.TensorProto) -> None:
     del tensor.external_data[:]
     tensor.ClearField("data_location")
 
 
 def _bytes(array: np.ndarray) -> bytes:
-    if array.dtype.itemsize * array.size != array.nbytes or array.dtype.name in ("int4", "uint4", "int2", "uint2"):
-        return onnx.numpy_helper.from_array(array).raw_data  # sub-byte types are packed
+    if array.dtype.name in _PACKED:
+        return onnx.numpy_helper.from_array(array).raw_data
     return array.tobytes()
 
 
@@ -732,7 +783,7 @@ def _map_external(tensor: onnx.TensorProto, folder: Path | None, what: str) -> n
         length = int(info.get("length") or count * dtype.itemsize)
     except (ValueError, TypeError, KeyError):
         raise bad("has a malformed offset, length or type") from None
-    if dtype.name in ("int4", "uint4", "int2", "uint2"):
+    if dtype.name in _PACKED:
         raise bad(f"holds {dtype.name}, which is read only from inside the file")
     if offset < 0 or count < 0 or length != count * dtype.itemsize:
         raise bad(f"holds {length} bytes where {list(tensor.dims)} of {dtype.name} needs {count * dtype.itemsize}")

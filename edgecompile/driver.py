@@ -71,6 +71,12 @@ def pipeline_spec(options: Options) -> str:
     return target.pipelines[options.precision]
 
 
+def default_output(name: str) -> Path:
+    """Where a bundle goes that nobody has placed: ``build/NAME``, e.g. ``build/model_small`` for ``model.py:small``."""
+    stem, _, factory = name.partition(":")
+    return Path("build") / "_".join(filter(None, (Path(stem).stem, factory)))
+
+
 def build(source: Source, out: Path, options: Options, progress: Callable[[str], None] | None = None) -> Bundle:
     """Run the passes, lower, prove parity, measure, and write the bundle as a whole or not at all.
 

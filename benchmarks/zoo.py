@@ -1,0 +1,123 @@
+"""Every zoo model at its native resolution through `build --target ort`: size before and after, parity, latency ratios.
+
+Usage: python benchmarks/zoo.py [NAME ...] [--seconds 12] [--output benchmarks/results/zoo.json]
+
+Each model runs in a process of its own. Three arms are interleaved in one run, on one thread, timed by thread CPU
+time: the engine, the plain export under the same ONNX Runtime settings, and eager torch in inference mode. Weights are
+random, BatchNorm statistics too. Ratios below 1 mean that the engine is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PARITY = {"damoyolo": 1e-4}
+DEFAULT_PARITY = 1e-5
+
+
+def run_one(name: str, seconds: float) -> dict[str, Any]:
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import numpy as np
+    import torch
+    from edgecompile.models.randomize import randomize
+
+    import edgecompile
+    from edgecompile import frontend, measure, models, registry
+
+    torch.set_num_threads(1)
+    options = {"threads": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        bundle = edgecompile.build(name, output=Path(folder) / "bundle", bench=False, options=options)
+        build_seconds = time.perf_counter() - start
+        report = json.loads((bundle.path / "report.json").read_text())
+        (Path(folder) / "export").mkdir()
+        (Path(folder) / "plain").mkdir()
+        source = frontend.load(name, folder=Path(folder) / "export")
+        plain = registry.target("ort").build(source.graph, Path(folder) / "plain", options)
+        engine, feeds = bundle.engine(), source.feeds[0]
+        module = randomize(models.create(name), 0).eval()
+        tensors = [torch.from_numpy(np.array(v)) for v in feeds.values()]
+
+        def eager() -> None:
+            with torch.inference_mode():
+                module(*tensors)
+
+        arms = {"engine": engine.call(feeds), "plain": plain.call(feeds), "eager": eager}
+        samples = measure.interleave(arms, "thread_cpu", seconds=seconds)
+        graph = bundle.graph()
+    before, after = report["stats"]["before"], report["stats"]["after"]
+    parity = max(e["max_rel"] or 0.0 for e in report["parity"]["outputs"].values())
+    return {
+        "model": name,
+        "exporter": next(a["rung"] for a in report["export"]["attempts"] if a["ok"]),
+        "nodes": [before["nodes"], after["nodes"]],
+        "parameters": [before["parameters"], after["parameters"]],
+        "macs": [before["macs"], after["macs"]],
+        "batch_norms": sum(n.op == "BatchNormalization" for n in graph.walk()),
+        "parity": parity,
+        "parity_ok": parity <= PARITY.get(name.split("_")[0], DEFAULT_PARITY),
+        "p50_ms": {k: s.p50 * 1e3 for k, s in samples.items()},
+        "calls": {k: len(s.seconds) for k, s in samples.items()},
+        "to_plain": measure.ratio(samples["engine"], samples["plain"]).as_dict(),
+        "to_eager": measure.ratio(samples["engine"], samples["eager"]).as_dict(),
+        "build_seconds": build_seconds,
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = [
+        "| model | nodes | parameters | MACs | parity | p50 / plain export | p50 / eager torch |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        (n0, n1), (p0, p1), (m0, m1) = row["nodes"], row["parameters"], row["macs"]
+        plain, eager = row["to_plain"], row["to_eager"]
+        lines.append(
+            f"| {row['model']} | {n0} -> {n1} | {p0 / 1e6:.2f} -> {p1 / 1e6:.2f} M "
+            f"| {m0 / 1e9:.3f} -> {m1 / 1e9:.3f} G "
+            f"| {row['parity']:.0e} | {plain['ratio']:.3f} [{plain['low']:.3f}, {plain['high']:.3f}] "
+            f"| {eager['ratio']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--seconds", type=float, default=12)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(run_one(options.one, options.seconds)))
+        return
+    from edgecompile import measure, models
+
+    rows = []
+    for name in options.names or models.names():
+        command = [sys.executable, __file__, "--one", name, "--seconds", str(options.seconds)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise SystemExit(f"{name} failed")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
+        if options.output:
+            document = {"machine": measure.machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+            options.output.write_text(json.dumps(document, indent=1) + "\n")
+    print(markdown(rows))
+    wrong = [r["model"] for r in rows if not r["parity_ok"] or r["batch_norms"]]
+    if wrong:
+        raise SystemExit(f"parity or BatchNormalization: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main()
