@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from edgecompile.errors import InputError, missing_extra
 
 if TYPE_CHECKING:
     from pathlib import Path
+    from types import ModuleType
 
     from torch import nn
 
@@ -67,17 +69,51 @@ def names() -> list[str]:
     return list(ZOO)
 
 
-def create(name: str, *, checkpoint: str | Path | None = None, **options: Any) -> nn.Module:
+def options(name: str) -> dict[str, Any]:
+    """Options that :func:`create` takes for a model beside ``checkpoint``, with their defaults.
+
+    None stands for the value the authors published for that variant.
+
+    Raises:
+        InputError: the name is unknown.
+        EnvironmentMissing: torch is not installed.
+    """
+    parameters = inspect.signature(_family(name).create).parameters
+    return {option: parameter.default for option, parameter in parameters.items() if option != "name"}
+
+
+def create(name: str, *, checkpoint: str | Path | None = None, **given: Any) -> nn.Module:
     """Build a zoo model in its training form, in eval mode.
 
     Args:
         name: one of :func:`names`.
         checkpoint: a published or own checkpoint file, loaded strictly; see :func:`edgecompile.models.checkpoint.load`.
-        options: options of the family, for example ``num_classes``, ``joints`` (LitePose) or ``idle_ratio`` (RePaViT).
+        given: options of the family, for example ``num_classes``, ``joints`` (LitePose) or ``idle_ratio`` (RePaViT);
+            see :func:`options`.
 
     Raises:
         InputError: the name or an option is unknown, or the checkpoint does not fit.
+        EnvironmentMissing: torch is not installed.
     """
+    valid = options(name)
+    for option in given:
+        if option not in valid:
+            close = difflib.get_close_matches(option, valid, 1)
+            raise InputError(
+                f"{name} has no option {option!r}",
+                f"did you mean {close[0]!r}?" if close else "",
+                f"its options are {', '.join(valid)}",
+            )
+    model = _family(name).create(name, **given).eval()
+    if checkpoint is not None:
+        from . import checkpoint as reader
+
+        reader.load(model, checkpoint)
+    return model
+
+
+def _family(name: str) -> ModuleType:
+    """The module that builds a model."""
     if name not in ZOO:
         close = difflib.get_close_matches(name, ZOO, 1)
         raise InputError(
@@ -89,10 +125,4 @@ def create(name: str, *, checkpoint: str | Path | None = None, **options: Any) -
         import torch  # noqa: F401
     except ImportError:
         raise missing_extra(f"cannot build {name}", "torch", "torch") from None
-    module = importlib.import_module(f"edgecompile.models.{ZOO[name].module}")
-    model = module.create(name, **options).eval()
-    if checkpoint is not None:
-        from edgecompile.models.checkpoint import load
-
-        load(model, checkpoint)
-    return model
+    return importlib.import_module(f"edgecompile.models.{ZOO[name].module}")
