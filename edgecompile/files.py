@@ -47,6 +47,7 @@ def new_folder(path: Path) -> Iterator[Path]:
     if path.exists() and not path.is_dir():
         raise InputError(f"cannot write {path}", "a file of that name exists", "choose another output folder")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    made = [p for p in path.parents if not p.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
@@ -70,6 +71,10 @@ def new_folder(path: Path) -> Iterator[Path]:
             old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
+        if not path.exists():
+            with contextlib.suppress(OSError):
+                for parent in made:
+                    parent.rmdir()
 
 
 def _sync_folder(folder: Path) -> None:

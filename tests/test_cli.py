@@ -130,8 +130,8 @@ BAD = {
                   ["model.py:4", "boom"]),
     "wrong input shape": (_text("model.py", NET.replace("2, 3, 16, 16", "2, 4, 16, 16")), ["build", "model.py"],
                           ["model.py"]),
-    "wrong --input": (_nothing, ["build", "model.py", "--input", "x=3"], ["NAME:1x3x224x224"]),
-    "wrong --dynamic": (_nothing, ["build", "model.py", "--dynamic", "x:0"], ["NAME:0=1:4:16"]),
+    "wrong --input": (_nothing, ["build", "model.py", "--input", "x=3"], ["1x3x224x224"]),
+    "wrong --dynamic": (_nothing, ["build", "model.py", "--dynamic", "x:0"], ["x:0=1:4:16"]),
     "wrong target": (_nothing, ["build", "model.py", "--target", "orr"], ["'orr'", "did you mean 'ort'"]),
     "wrong precision": (_nothing, ["build", "model.py", "--precision", "fp17"], ["fp17"]),
     "wrong pass": (_nothing, ["build", "model.py", "--passes", "claen"], ["did you mean 'clean'"]),
@@ -156,7 +156,7 @@ def test_bad_input_is_one_message_and_exit_2(folder, case):
     for words in expected:
         assert words in message
     after = sorted(p.name for p in folder.rglob("*") if "__pycache__" not in p.parts)
-    assert after in (before, sorted([*before, "build"])) and not any(folder.glob("build/*")), "nothing is written"
+    assert after == before, "nothing is written"
 
 
 def test_a_folder_that_is_no_bundle_is_never_replaced(folder):
@@ -182,7 +182,7 @@ def test_interrupting_a_build_leaves_nothing(folder):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=20)
     assert process.returncode == 130 and "interrupted" in stderr and "Traceback" not in stderr
-    assert not any(folder.glob("build/*"))
+    assert not (folder / "build").exists()
     listing = subprocess.run(["ps", "-o", "args=", "-g", str(process.pid)], capture_output=True, text=True).stdout
     assert "export_child" not in listing, "the child that ran model.py is gone"
 

@@ -65,10 +65,11 @@ def test_new_folder_appears_as_a_whole(tmp_path):
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
 def test_a_failed_folder_leaves_what_was_there(tmp_path, error):
     out = tmp_path / "out"
-    with pytest.raises(error), new_folder(out) as folder:
-        (folder / "a").write_text("1")
-        raise error
-    assert os.listdir(tmp_path) == []
+    for place in (out, tmp_path / "deep" / "out"):
+        with pytest.raises(error), new_folder(place) as folder:
+            (folder / "a").write_text("1")
+            raise error
+        assert os.listdir(tmp_path) == []
     out.mkdir()
     (out / "old").write_text("")
     with pytest.raises(error), new_folder(out) as folder:

@@ -1,0 +1,591 @@
+"""What a build did, proved and measured: one document as JSON, terminal table, Markdown and one HTML page.
+
+The JSON form is described by ``schemas/report.schema.json``. JSON has no infinity: numbers that are not finite are the
+strings ``"inf"``, ``"-inf"`` and ``"nan"``. ``verdict`` and the ``status`` of a pass follow from the rest of the
+document; they are written for readers and ignored when a report is read back.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgecompile import __version__
+from edgecompile.bundle import file_digest
+from edgecompile.errors import InputError
+from edgecompile.files import write_atomic
+from edgecompile.frontend import Attempt, Source
+from edgecompile.graph import Dim
+from edgecompile.measure import Ratio, Samples, ratio
+from edgecompile.oracle import OutputError
+from edgecompile.pipeline import Step, Trace
+from edgecompile.stats import Stats, type_name
+from edgecompile.target import EngineManifest, LayerTime
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from edgecompile.driver import Options
+
+SCHEMA = "edgecompile.report/1"
+MOST_SAMPLES = 2000  # per arm in the document; percentiles are taken from all of them
+CONFIDENCE = 0.95  # below it an interval supports no verdict
+_CLOCKS = {"thread_cpu": "thread CPU time", "wall": "wall-clock time", "cuda_event": "CUDA event time"}
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output of the model; ``shape`` is None for an unknown rank."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dim, ...] | None
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was compiled.
+
+    Attributes:
+        name: as given to the command.
+        kind: ``zoo``, ``python``, ``onnx``, ``pt2``, ``bundle`` or what else opened it.
+        inputs, outputs: its signature.
+        notes: what the front end has to say about it.
+    """
+
+    name: str
+    kind: str
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How the bundle was made.
+
+    Attributes:
+        command: the command line.
+        created: UTC time in ISO 8601.
+        edgecompile: version.
+        precision, passes, seed: as given or defaulted; ``passes`` is the spec of the pipeline.
+        versions: of the packages involved.
+        machine: what is known about the machine.
+        seconds: wall time per phase.
+    """
+
+    command: str
+    created: str
+    edgecompile: str
+    precision: str
+    passes: str
+    seed: int
+    versions: Mapping[str, str]
+    machine: Mapping[str, Any]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """The engine against the model it was made from.
+
+    Attributes:
+        reference: what it was compared with, e.g. ``eager torch``.
+        tolerance: largest ``max_rel`` allowed.
+        outputs: error of each output.
+    """
+
+    reference: str
+    tolerance: float
+    outputs: Mapping[str, OutputError]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every output is within the tolerance."""
+        return all(e.max_rel <= self.tolerance for e in self.outputs.values())
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Latency of one engine, in seconds per call.
+
+    Attributes:
+        label: what was timed.
+        calls: how many.
+        p50, p90, mean: over all calls.
+        p99: None from fewer than 459 calls, which cannot support it.
+        samples: at most 2000 calls, evenly spaced in time.
+    """
+
+    label: str
+    calls: int
+    p50: float
+    p90: float
+    p99: float | None
+    mean: float
+    samples: tuple[float, ...]
+
+    @classmethod
+    def of(cls, samples: Samples) -> Arm:
+        """Summarise the calls of one arm."""
+        calls = samples.seconds
+        kept = np.unique(np.linspace(0, len(calls) - 1, MOST_SAMPLES).round().astype(int))
+        thinned = tuple(round(float(s), 9) for s in calls[kept])
+        p50, p90, p99 = samples.p50, samples.p90, samples.p99
+        return cls(samples.label, len(calls), p50, p90, p99, float(calls.mean()), thinned)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Latency of the graph that one pass left, measured beside the other two arms; ``p50`` in seconds."""
+
+    after: str
+    calls: int
+    p50: float
+    ratio: Ratio
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Everything timed in one run.
+
+    Attributes:
+        clock: ``thread_cpu``, ``wall`` or ``cuda_event``.
+        threads: CPU threads of an arm, 0 if it does not run on the CPU.
+        plain: the model as exported, lowered by the same target.
+        engine: the engine of the bundle.
+        ratio: time of the engine over time of the plain export, round by round.
+        overhead: what an empty call costs on this clock, in seconds; it is contained in every figure.
+        load: one-minute load average of the machine before and after.
+        stages: after each pass that changed the graph but the last, whose graph the engine is made of.
+    """
+
+    clock: str
+    threads: int
+    plain: Arm
+    engine: Arm
+    ratio: Ratio
+    overhead: float
+    load: tuple[float, ...]
+    stages: tuple[Stage, ...] = ()
+
+    @classmethod
+    def of(cls, arms: Sequence[tuple[str, Samples]]) -> Latency:
+        """Summarise one interleaved run.
+
+        Args:
+            arms: label and samples, in the order plain export, after each pass, engine.
+        """
+        plain, engine = arms[0][1], arms[-1][1]
+        return cls(
+            clock=engine.clock,
+            threads=engine.threads,
+            plain=Arm.of(plain),
+            engine=Arm.of(engine),
+            ratio=ratio(engine, plain),
+            overhead=engine.overhead,
+            load=engine.load,
+            stages=tuple(Stage(label, len(s.seconds), s.p50, ratio(s, plain)) for label, s in arms[1:-1]),
+        )
+
+    @property
+    def clock_name(self) -> str:
+        """The clock in words."""
+        return _CLOCKS.get(self.clock, self.clock)
+
+    @property
+    def difference(self) -> int:
+        """1 if the engine is slower than the plain export, -1 if it is faster, 0 if the run cannot tell."""
+        return (self.ratio.low > 1) - (self.ratio.high < 1) if self.ratio.confidence >= CONFIDENCE else 0
+
+
+@dataclass(frozen=True)
+class File:
+    """A file of the bundle."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A sentence for a person.
+
+    Attributes:
+        level: ``good``, ``bad``, ``warn`` or ``info``.
+        text: in the words of this module.
+        detail: in the words of the model, a pass or a tool.
+    """
+
+    level: str
+    text: str
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One build, as data.
+
+    Attributes:
+        model: what was compiled.
+        provenance: how.
+        engine: what came out.
+        export: attempts to export the model, in order; empty for a model that came as a graph.
+        before, after: size and work of the graph as exported and as lowered.
+        passes: the steps between.
+        parity: the engine against its reference.
+        latency: None if it was not measured.
+        layers: time of each layer of the engine, in execution order.
+        files: of the bundle, as far as they were written when the report was made.
+        warnings: what went wrong without stopping the build.
+    """
+
+    model: Model
+    provenance: Provenance
+    engine: EngineManifest
+    export: tuple[Attempt, ...]
+    before: Stats
+    after: Stats
+    passes: tuple[Step, ...]
+    parity: Parity
+    latency: Latency | None
+    layers: tuple[LayerTime, ...]
+    files: tuple[File, ...]
+    warnings: tuple[str, ...] = ()
+
+    @classmethod
+    def from_build(
+        cls,
+        *,
+        source: Source,
+        options: Options,
+        spec: str,
+        command: str,
+        created: str,
+        trace: Trace,
+        before: Stats,
+        after: Stats,
+        parity: Mapping[str, OutputError],
+        tolerance: float,
+        latency: Sequence[tuple[str, Samples]],
+        layers: Iterable[LayerTime],
+        engine: EngineManifest,
+        machine: Mapping[str, Any],
+        seconds: Mapping[str, float],
+        files: Iterable[Path],
+        warnings: Iterable[str] = (),
+    ) -> Report:
+        """Put together what a build knows.
+
+        Args:
+            source: the model as loaded.
+            options: of the build.
+            spec: the pipeline that ran.
+            command: the command line.
+            created: UTC time in ISO 8601.
+            trace: what the passes did.
+            before, after: the graph as exported and as lowered.
+            parity: the engine against the reference, per output.
+            tolerance: largest ``max_rel`` allowed.
+            latency: label and samples of each arm, in the order plain export, after each pass, engine; may be empty.
+            layers: of the engine.
+            engine: its manifest.
+            machine: what is known about the machine.
+            seconds: wall time per phase.
+            files: paths of the bundle's files, which are read for their digests.
+            warnings: what went wrong without stopping the build.
+        """
+        signature = source.graph.signature()
+        inputs, outputs = (tuple(_port(p) for p in ports) for ports in (signature.inputs, signature.outputs))
+        reference = "the stored reference" if source.kind == "bundle" else "eager torch"
+        return cls(
+            model=Model(source.name, source.kind, inputs, outputs, tuple(source.notes)),
+            provenance=Provenance(
+                command, created, __version__, options.precision, spec, options.seed, dict(source.versions),
+                dict(machine), dict(seconds),
+            ),
+            engine=engine,
+            export=source.attempts,
+            before=before,
+            after=after,
+            passes=trace.steps,
+            parity=Parity(reference if source.reference else "the graph as given", tolerance, dict(parity)),
+            latency=Latency.of(latency) if latency else None,
+            layers=tuple(layers),
+            files=tuple(File(p.name, p.stat().st_size, file_digest(p)) for p in files),
+            warnings=tuple(warnings),
+        )  # fmt: skip
+
+    # -- what a person should read first --------------------------------------------------------------------------
+
+    @property
+    def verdict(self) -> tuple[Line, ...]:
+        """The result in a few sentences, the most important first."""
+        from edgecompile import render_text as text
+
+        lines = [self._parity_line(text), self._latency_line(text)]
+        lines += [
+            Line("warn", "A pass was rolled back; the engine is built without it:", f"{s.spec}: {s.failure}")
+            for s in self.passes
+            if s.failure
+        ]
+        lines += [
+            Line("warn", "The numbers after a pass were not compared:", f"{s.spec}: {s.unverified}")
+            for s in self.passes
+            if s.unverified and s.rewrites
+        ]
+        lines += [
+            Line(
+                "info",
+                "An exporter failed, the next one was used:",
+                ": ".join(filter(None, (a.rung, a.where, a.error))),
+            )
+            for a in self.export
+            if not a.ok
+        ]
+        return (*lines, *(Line("warn", "The build says:", w) for w in self.warnings))
+
+    def _parity_line(self, text) -> Line:
+        if not self.parity.outputs:
+            return Line("warn", "Nothing was compared: the model has no outputs.")
+        against = f"against {self.parity.reference} ({text.error(self.parity.tolerance)} is allowed)"
+        name, worst = max(self.parity.outputs.items(), key=lambda item: _severity(item[1].max_rel))
+        if not self.parity.ok:
+            off = f"off by {text.error(worst.max_rel)} of its largest value"
+            return Line("bad", f"Not the same model: an output is {off}, {against}:", name)
+        if not worst.max_abs:
+            return Line("good", f"The same model: no output differs at all, {against}.")
+        off = f"off by more than {text.error(worst.max_rel)} of its largest value"
+        return Line("good", f"The same model: no output is {off}, {against}.")
+
+    def _latency_line(self, text) -> Line:
+        if self.latency is None:
+            return Line("info", "Latency was not measured.")
+        speed, interval = text.speedup(self.latency.ratio)
+        p50 = f"p50 {text.seconds(self.latency.engine.p50)} against {text.seconds(self.latency.plain.p50)}"
+        facts = f"{p50}, {interval}, {self.latency.clock_name}"
+        if self.latency.ratio.confidence < CONFIDENCE:
+            return Line("info", f"{speed} as fast as the plain export, but this is no evidence ({facts}).")
+        if self.latency.difference > 0:
+            return Line("warn", f"Slower than the plain export: {speed} its speed ({facts}).")
+        if self.latency.difference < 0:
+            return Line("good", f"{speed} as fast as the plain export ({facts}).")
+        return Line("info", f"As fast as the plain export, as far as this run can tell: {speed} ({facts}).")
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """All versions involved."""
+        return {"edgecompile": self.provenance.edgecompile, **self.provenance.versions, **self.engine.versions}
+
+    @property
+    def modules(self) -> list[ModuleTime]:
+        """Layer times by module, see :func:`by_module`."""
+        return by_module(self.layers)
+
+    # -- the document ---------------------------------------------------------------------------------------------
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as a JSON document; see the head of this module for numbers that are not finite."""
+        return _encode(self)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Report:
+        """Read a document that :meth:`to_json` wrote.
+
+        Raises:
+            InputError: it is not a report, or one of another version.
+        """
+        if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
+            found = document.get("schema") if isinstance(document, Mapping) else None
+            raise InputError(
+                f"this is not a report of the schema {SCHEMA}", f"its schema is {found!r}", "build the bundle again"
+            )
+        try:
+            return _decode(cls, document, "report")
+        except _Malformed as error:
+            raise InputError("the report cannot be read", str(error), "build the bundle again") from None
+
+    def write(self, folder: Path) -> None:
+        """Write ``report.json``, ``report.md`` and ``report.html``.
+
+        Raises:
+            InputError: the folder cannot be written.
+        """
+        from edgecompile import render_html, render_text
+
+        text = json.dumps(self.to_json(), indent=1, allow_nan=False)
+        write_atomic(folder / "report.json", [text.encode()])
+        write_atomic(folder / "report.md", [render_text.markdown(self).encode()])
+        write_atomic(folder / "report.html", [render_html.page(self).encode()])
+
+    def print_table(self, console: Console) -> None:
+        """Print the report for a person at a terminal."""
+        from edgecompile import render_text
+
+        render_text.print_table(self, console)
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of the document (draft 2020-12)."""
+    return json.loads(resources.files("edgecompile").joinpath("schemas/report.schema.json").read_text())
+
+
+def status(step: Step) -> str:
+    """What became of a pass: ``rolled back``, ``kept`` or ``nothing to do``."""
+    if step.failure:
+        return "rolled back"
+    return "kept" if step.rewrites else "nothing to do"
+
+
+def error_added(step: Step) -> float | None:
+    """Largest relative difference that a pass made to any output; None if it was not compared or not kept."""
+    if step.errors is None or step.failure:
+        return None
+    return max((e.max_rel for e in step.errors.values()), default=0.0, key=_severity)
+
+
+# -- layers by module ------------------------------------------------------------------------------------------------
+
+_UNKNOWN = "(no module)"
+_FEWEST, _MOST, _DEEPEST = 4, 24, 4
+
+
+@dataclass(frozen=True)
+class ModuleTime:
+    """Time of the layers beneath one torch module.
+
+    Attributes:
+        path: the module path, or a name in parentheses for layers without one.
+        microseconds: sum over the layers.
+        layers: in execution order.
+    """
+
+    path: str
+    microseconds: float
+    layers: tuple[LayerTime, ...]
+
+    @property
+    def by_op(self) -> dict[str, float]:
+        """Microseconds per kind of operator, longest first."""
+        total: dict[str, float] = {}
+        for layer in self.layers:
+            total[layer.op] = total.get(layer.op, 0.0) + layer.microseconds
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+
+def home(layer: LayerTime) -> str:
+    """The innermost module that holds everything a layer executes; ``""`` if unknown."""
+    paths = [m.split(".") for m in layer.modules if m]
+    common: list[str] = []
+    for names in zip(*paths, strict=False):
+        if len(set(names)) > 1:
+            break
+        common.append(names[0])
+    return ".".join(common)
+
+
+def by_module(layers: Sequence[LayerTime]) -> list[ModuleTime]:
+    """Group layers by module path, in execution order.
+
+    The paths are cut at the depth that tells the parts of the model apart: the first at which there are at least four,
+    unless there are then more than 24.
+    """
+    homes = [home(layer).split(".") for layer in layers]
+    if not homes:
+        return []
+    counts = [len({tuple(h[:depth]) for h in homes if h != [""]}) for depth in range(1, _DEEPEST + 1)]
+    depth = next((d for d, n in enumerate(counts, 1) if n >= _FEWEST), counts.index(max(counts)) + 1)
+    if counts[depth - 1] > _MOST and depth > 1 and counts[depth - 2] > 1:
+        depth -= 1
+    groups: dict[str, list[LayerTime]] = {}
+    for path, layer in zip(homes, layers, strict=True):
+        groups.setdefault(".".join(path[:depth]) or _UNKNOWN, []).append(layer)
+    return [ModuleTime(path, math.fsum(x.microseconds for x in found), tuple(found)) for path, found in groups.items()]
+
+
+# -- JSON ------------------------------------------------------------------------------------------------------------
+
+_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
+_DERIVED: dict[type, dict[str, Callable[[Any], Any]]] = {  # written, but not read back
+    Report: {"schema": lambda _: SCHEMA, "verdict": lambda report: report.verdict},
+    Step: {"status": status},
+    Parity: {"ok": lambda parity: parity.ok},
+}
+
+
+class _Malformed(Exception):
+    """A document does not have the form of a report."""
+
+
+def _encode(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        derived = {name: follow(value) for name, follow in _DERIVED.get(type(value), {}).items()}
+        return _encode(derived | {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+    if isinstance(value, Mapping):
+        return {str(k): _encode(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_encode(v) for v in value]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
+
+
+def _decode(kind: Any, value: Any, place: str) -> Any:
+    """Make ``value`` what the annotation ``kind`` says; ``place`` is how errors name it."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _decode_union(arguments, value, place)
+    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
+        return _decode_fields(kind, value, place)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_decode(arguments[0], v, f"{place}[{i}]") for i, v in enumerate(value))
+    if origin is Mapping and isinstance(value, Mapping):
+        return {k: _decode(arguments[1], v, f"{place}.{k}") for k, v in value.items()}
+    if kind is float and isinstance(value, str) and value in _NOT_FINITE:
+        return _NOT_FINITE[value]
+    if kind is float and type(value) in (int, float):
+        return float(value)
+    if kind in (str, int, bool, type(None)) and type(value) is kind:
+        return value
+    raise _Malformed(f"{place} should be {getattr(kind, '__name__', kind)}")
+
+
+def _decode_fields(kind: Any, value: Mapping[str, Any], place: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    names = {f.name for f in dataclasses.fields(kind)}
+    if wrong := (value.keys() - _DERIVED.get(kind, {}).keys()) ^ names:
+        raise _Malformed(f"{place} lacks or should not have {', '.join(sorted(wrong))}")
+    return kind(**{name: _decode(hints[name], value[name], f"{place}.{name}") for name in names})
+
+
+def _decode_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
+    reasons = []
+    for kind in kinds:
+        try:
+            return _decode(kind, value, place)
+        except _Malformed as error:
+            reasons.append(str(error))
+    raise _Malformed(reasons[0])
+
+
+def _severity(relative: float) -> float:
+    return math.inf if math.isnan(relative) else relative
+
+
+def _port(port: Any) -> Port:
+    return Port(port.name, type_name(port.dtype), port.shape)
