@@ -233,6 +233,7 @@ class Graph(gs.Graph):
         graph = self._adopt(super().copy(tensor_map))  # type: ignore[arg-type]
         for old, new in zip(self.walk(), graph.walk(), strict=True):
             new.provenance = provenance(old)  # type: ignore[attr-defined]
+            new.attrs.update({k: v.copy() for k, v in new.attrs.items() if isinstance(v, gs.Constant)})
         graph.producer_name, graph.producer_version = self.producer_name, self.producer_version
         graph.import_domains = [_copied(d) for d in self.import_domains]
         graph.metadata, graph.function_protos = dict(self.metadata), list(self.function_protos)

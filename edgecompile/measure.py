@@ -1,0 +1,366 @@
+"""Latency that can be compared: several arms in one run, alternated in short blocks in random order.
+
+Every arm sees the same machine, so load, clock frequency and temperature cancel in :func:`ratio`, which compares the
+arms round by round. One thread is timed with its CPU time, which does not grow when others use the machine; several
+threads need the wall clock, which does.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CLOCKS: Mapping[str, Callable[[], int]] = {"thread_cpu": time.thread_time_ns, "wall": time.perf_counter_ns}
+
+# The largest of n samples lies above the 99th percentile with probability 1 - 0.99**n, which first reaches 99 % here.
+P99_SAMPLES = 459
+_WARM_AGREEMENT, _WARM_SECONDS, _WARM_CALLS = 0.03, 2.0, 3
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Durations of the calls of one arm.
+
+    Attributes:
+        label: name of the arm.
+        clock: ``"thread_cpu"`` or ``"wall"``.
+        seconds: duration of each call in seconds, in the order they were made; float64 [calls].
+        threads: CPU threads that the arm uses.
+        rounds: number of the round that each call belongs to; int64 [calls].
+        overhead: what an empty call costs on this clock, in seconds; it is contained in ``seconds``.
+        load: one-minute load average of the machine before and after the run.
+    """
+
+    label: str
+    clock: str
+    seconds: np.ndarray
+    threads: int
+    rounds: np.ndarray
+    overhead: float = 0.0
+    load: tuple[float, float] = (0.0, 0.0)
+
+    def percentile(self, q: float) -> float:
+        """The ``q``-th percentile of a call, in seconds."""
+        return float(np.percentile(self.seconds, q))
+
+    @property
+    def p50(self) -> float:
+        """Median duration of a call, in seconds."""
+        return self.percentile(50)
+
+    @property
+    def p90(self) -> float:
+        """90th percentile, in seconds."""
+        return self.percentile(90)
+
+    @property
+    def p99(self) -> float | None:
+        """99th percentile in seconds, or None below 459 calls, which cannot show it with 99 % confidence."""
+        return self.percentile(99) if len(self.seconds) >= P99_SAMPLES else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures for a report; times in milliseconds and microseconds as the keys say."""
+        return {
+            "label": self.label,
+            "clock": self.clock,
+            "threads": self.threads,
+            "calls": len(self.seconds),
+            "rounds": len(np.unique(self.rounds)),
+            "p50_ms": self.p50 * 1e3,
+            "p90_ms": self.p90 * 1e3,
+            "p99_ms": None if self.p99 is None else self.p99 * 1e3,
+            "min_ms": float(self.seconds.min()) * 1e3,
+            "mean_ms": float(self.seconds.mean()) * 1e3,
+            "overhead_us": self.overhead * 1e6,
+            "load_before": self.load[0],
+            "load_after": self.load[1],
+        }
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Latency of a candidate over that of a baseline.
+
+    Attributes:
+        value: median over the rounds of the ratio of the two block medians.
+        low: lower end of the confidence interval of that median.
+        high: upper end.
+        confidence: coverage of the interval; below what was asked if there are too few rounds.
+        rounds: rounds compared.
+    """
+
+    value: float
+    low: float
+    high: float
+    confidence: float
+    rounds: int
+
+    def as_dict(self) -> dict[str, float]:
+        """The figures by name."""
+        return asdict(self)
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    clock: str,
+    *,
+    seconds: float = 2.0,
+    min_calls: int = 20,
+    block_ms: float = 15.0,
+    threads: int = 1,
+    seed: int = 0,
+    progress: Callable[[float], object] | None = None,
+) -> dict[str, Samples]:
+    """Time several arms in one run.
+
+    Each arm is warmed up until the medians of two successive blocks agree within 3 % (for 2 s at most). Then come
+    rounds: in each, every arm runs one block, in an order drawn anew. A block lasts ``block_ms`` and holds one call at
+    least; where it holds many, a first call that finds the caches full of another arm's data is not timed.
+
+    Args:
+        calls: arm name -> a function that does the work once.
+        clock: ``"thread_cpu"`` (the work must happen in the calling thread) or ``"wall"``.
+        seconds: wall time to spend per arm after the warm-up.
+        min_calls: calls per arm to make in any case, however long they take.
+        block_ms: length of a block in milliseconds.
+        threads: CPU threads that the arms use, for the record.
+        seed: of the order of the blocks.
+        progress: called after each round with the fraction done.
+
+    Returns:
+        the samples by arm name, in the order of ``calls``.
+
+    Raises:
+        ValueError: ``calls`` is empty or the clock is unknown.
+    """
+    if not calls:
+        raise ValueError("nothing to measure")
+    if clock not in CLOCKS:
+        raise ValueError(f"no clock is called {clock!r}; there are {', '.join(CLOCKS)}")
+    now, block = CLOCKS[clock], int(block_ms * 1e6)
+    rng = np.random.default_rng(seed)
+    names = list(calls)
+    taken: dict[str, list[int]] = {name: [] for name in names}
+    rounds: dict[str, list[int]] = {name: [] for name in names}
+    before = os.getloadavg()[0]
+    with _no_garbage_collection():
+        overhead = _overhead(now)
+        typical = {name: _warm_up(call, now, block) for name, call in calls.items()}
+        start, budget, number = time.perf_counter(), seconds * len(names), 0
+        while True:
+            for name in (names[i] for i in rng.permutation(len(names))):
+                if typical[name] * 8 < block:
+                    calls[name]()
+                durations = _block(calls[name], now, block)
+                taken[name] += durations
+                rounds[name] += [number] * len(durations)
+            number += 1
+            spent = (time.perf_counter() - start) / budget if budget > 0 else 1.0
+            made = min(map(len, taken.values())) / max(min_calls, 1)
+            if progress is not None:
+                progress(min(spent, made, 1.0))
+            if spent >= 1 and made >= 1:
+                break
+    load = (before, os.getloadavg()[0])
+    return {
+        name: Samples(
+            name, clock, np.array(taken[name], np.float64) / 1e9, threads, np.array(rounds[name]), overhead, load
+        )
+        for name in names
+    }
+
+
+def ratio(candidate: Samples, baseline: Samples, confidence: float = 0.95) -> Ratio:
+    """Compare two arms of one :func:`interleave` run, round by round.
+
+    The interval is that of the sign test: it assumes nothing about the distribution of the ratios but that rounds are
+    independent (Conover, Practical Nonparametric Statistics, section 3.2).
+
+    Raises:
+        ValueError: the arms have no round in common.
+    """
+    ours, theirs = _round_medians(candidate), _round_medians(baseline)
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        raise ValueError(f"{candidate.label!r} and {baseline.label!r} were not measured in one run")
+    ratios = np.sort([ours[r] / theirs[r] for r in common])
+    n = len(ratios)
+    rank, coverage = _sign_interval(n, confidence)
+    return Ratio(float(np.median(ratios)), float(ratios[rank - 1]), float(ratios[n - rank]), coverage, n)
+
+
+def _round_medians(samples: Samples) -> dict[int, float]:
+    starts = np.flatnonzero(np.diff(samples.rounds, prepend=-1))
+    blocks = np.split(samples.seconds, starts[1:])
+    return {int(samples.rounds[s]): float(np.median(b)) for s, b in zip(starts, blocks, strict=True)}
+
+
+def _sign_interval(n: int, confidence: float) -> tuple[int, float]:
+    """Rank k such that the k-th smallest and k-th largest of n values enclose the median, and with what probability."""
+    rank, coverage, tail = 1, 0.0, 0.0
+    for below in range((n + 1) // 2):  # P(at most `below` values lie under the median), binomial with p = 1/2
+        tail += math.exp(math.lgamma(n + 1) - math.lgamma(below + 1) - math.lgamma(n - below + 1) - n * math.log(2))
+        if below and 1 - 2 * tail < confidence:
+            break
+        rank, coverage = below + 1, 1 - 2 * tail
+    return rank, max(coverage, 0.0)
+
+
+def _block(call: Callable[[], object], now: Callable[[], int], length: int) -> list[int]:
+    """Durations in ns of calls made one after the other for ``length`` ns of wall time."""
+    wall = time.perf_counter_ns
+    durations = []
+    end = wall() + length
+    while True:
+        start = now()
+        call()
+        durations.append(now() - start)
+        if wall() >= end:
+            return durations
+
+
+def _warm_up(call: Callable[[], object], now: Callable[[], int], block: int) -> float:
+    """Run until two successive blocks agree; returns the wall time of one call in ns."""
+    deadline = time.perf_counter() + _WARM_SECONDS
+    previous, made = math.inf, 0
+    while True:
+        start = time.perf_counter_ns()
+        durations = _block(call, now, block)
+        typical = (time.perf_counter_ns() - start) / len(durations)
+        made += len(durations)
+        median = float(np.median(durations))
+        settled = abs(median - previous) <= _WARM_AGREEMENT * median
+        if made >= _WARM_CALLS and (settled or time.perf_counter() >= deadline):
+            return typical
+        previous = median
+
+
+def _overhead(now: Callable[[], int]) -> float:
+    """Duration of an empty call as :func:`_block` measures it, in seconds."""
+    return float(np.median(_block(lambda: None, now, 2_000_000))) / 1e9
+
+
+@contextmanager
+def _no_garbage_collection():
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+# -- the machine -------------------------------------------------------------------------------------------------------
+
+# Instruction sets that change which kernels a runtime picks, by the name that Linux gives them.
+_FEATURES = (
+    *("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
+)
+
+
+def machine() -> dict[str, Any]:
+    """The machine as far as latency depends on it: ready for JSON; what cannot be read is ``""``, None or empty.
+
+    Keys: ``arch``, ``cpu`` (model name), ``features`` (instruction sets), ``board`` (name in the device tree),
+    ``hypervisor``, ``cpus`` (logical, online), ``affinity`` (CPUs this process may use), ``cores`` (physical ones it
+    may use), ``governor``, ``memory_bytes``, ``load`` (1, 5 and 15 minutes), ``system``, ``python``.
+    """
+    info = _cpuinfo()
+    flags = _flags(info)
+    return {
+        "arch": platform.machine(),
+        "cpu": info.get("model name") or info.get("hardware") or _arm_part(info) or platform.processor(),
+        "features": list(cpu_features()),
+        "board": _read("/proc/device-tree/model").rstrip("\0"),
+        "hypervisor": "hypervisor" in flags,
+        "cpus": os.cpu_count(),
+        "affinity": _ranges(affinity()),
+        "cores": available_cores(),
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "memory_bytes": _memory(),
+        "load": [round(x, 2) for x in os.getloadavg()],
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+    }
+
+
+def cpu_features() -> tuple[str, ...]:
+    """Instruction sets of this CPU that matter to inference, in a fixed order."""
+    flags = _flags(_cpuinfo())
+    return tuple(f for f in _FEATURES if f in flags)
+
+
+def affinity() -> list[int]:
+    """Numbers of the CPUs that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def available_cores() -> int:
+    """Physical cores that this process may use: by affinity, and at most what a container's CPU quota gives."""
+    cores = set()
+    for cpu in affinity():
+        folder = f"/sys/devices/system/cpu/cpu{cpu}/topology"
+        core = _read(f"{folder}/core_id")
+        cores.add((_read(f"{folder}/physical_package_id"), core) if core else cpu)
+    quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
+    limit = math.ceil(int(quota) / int(period)) if quota.isdigit() and period.isdigit() else len(cores)
+    return max(1, min(len(cores), limit))
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first value of each key of /proc/cpuinfo, keys in lower case."""
+    found: dict[str, str] = {}
+    for line in _read("/proc/cpuinfo").splitlines():
+        key, colon, value = line.partition(":")
+        if colon:
+            found.setdefault(key.strip().lower(), value.strip())
+    return found
+
+
+def _flags(info: Mapping[str, str]) -> set[str]:
+    return set((info.get("flags") or info.get("features") or "").split())
+
+
+def _arm_part(info: Mapping[str, str]) -> str:
+    part = info.get("cpu part")
+    return f"ARM implementer {info.get('cpu implementer', '?')} part {part}" if part else ""
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """``0-3,8`` for 0, 1, 2, 3, 8."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
