@@ -184,13 +184,14 @@ class Affine:
     def _window(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """First tap, extent and dilation per axis of the smallest window that holds all taps and is expressible.
 
-        Pads must not be negative, nor output padding exceed what ONNX allows: zero taps make the window wide enough.
+        Pads must not be negative, and output padding must be less than the stride (ONNX Runtime is stricter here than
+        the specification): zero taps make the window wide enough.
         """
         first, last = self.taps.min(0), self.taps.max(0)
         dilation = np.maximum(np.gcd.reduce(self.taps - first, axis=0), 1)
         grow, up = np.array(self.grow, int), np.array(self.up, int)
         if self.rank and max(self.up) > 1:
-            highest, lowest = np.maximum(up, dilation) - up - grow, np.zeros_like(up)
+            highest, lowest = -grow, np.zeros_like(up)
         else:
             highest, lowest = np.zeros_like(up), -grow
         first = first + np.maximum(first - highest, 0) // -dilation * dilation
@@ -577,7 +578,7 @@ def _distinct(taps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _union(channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Per row of ``channels`` [rows, n] the distinct ones in order [rows, m], -1 at the end; and the place of each.
+    """Per row of ``channels`` [rows, n] the distinct ones in order [rows, m >= 1], -1 at the end; and their places.
 
     The place of a -1 is m, one past the end.
     """
@@ -588,7 +589,7 @@ def _union(channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(key, axis=1, kind="stable")
     ranked = np.take_along_axis(key, order, axis=1)
     place = np.cumsum(np.diff(ranked, axis=1, prepend=-1) != 0, axis=1) - 1
-    size = int(place.max(where=ranked < none, initial=-1)) + 1
+    size = int(place.max(where=ranked < none, initial=0)) + 1
     place = np.where(ranked < none, place, size)
     union = np.full((len(key), size + 1), -1)
     np.put_along_axis(union, place, np.where(ranked < none, ranked, -1), axis=1)

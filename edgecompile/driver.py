@@ -106,7 +106,7 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
             graph,
             source.feeds,
             strict=options.strict,
-            progress=lambda name: say(f"pass {name}"),
+            progress=say,
             on_step=lambda step, after: stages.append((step, after.copy())) if step.rewrites else None,
         )
     with new_folder(out) as folder, tempfile.TemporaryDirectory(prefix="edgecompile-") as scratch:
@@ -186,14 +186,18 @@ def _measure(
     for number, (label, graph) in enumerate(graphs):
         folder = scratch / str(number)
         folder.mkdir()
-        arms[label] = target.build(graph, folder, options.target_options)
+        say(f"building {label} to compare with" if number == 0 else f"building what {label} left")
+        name = label if label not in arms else f"{label} (pass {number})"
+        arms[name] = target.build(graph, folder, options.target_options)
     arms["engine"] = engine
     say("measuring latency")
     feeds: Outputs = source.feeds[0]
     samples = measure.interleave(
         {label: arm.call(feeds) for label, arm in arms.items()},
         engine.clock,
-        seconds=options.seconds,
+        seconds=options.seconds / len(arms),
+        min_calls=10,
+        threads=engine.threads,
         seed=options.seed,
     )
     for label, arm in arms.items():

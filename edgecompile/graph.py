@@ -20,7 +20,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -201,6 +201,11 @@ class Graph(gs.Graph):
         graph.model_version = model.model_version
         for node, props in zip(graph.walk(), names, strict=True):
             node.provenance = _read_provenance(node, {p.key: p.value for p in props})  # type: ignore[attr-defined]
+        for node in graph.walk():
+            if not provenance(node).metadata and not provenance(node).modules:
+                # The exporter's own optimiser makes nodes without metadata; they belong with what they work on.
+                modules = next((provenance(p).modules for t in node.inputs for p in t.inputs[:1]), ())
+                node.provenance = replace(provenance(node), modules=modules)  # type: ignore[attr-defined]
         for tensor in graph._constants():
             lazy = tensor._values
             if isinstance(lazy, LazyValues) and type(lazy) is LazyValues:
@@ -491,10 +496,7 @@ class Graph(gs.Graph):
 
         When both are visible to the caller (inputs, outputs or initializers), an Identity keeps the output's name.
         """
-        for consumer in {id(n): n for n in old.outputs}.values():
-            for index, tensor in enumerate(consumer.inputs):
-                if tensor is old:
-                    consumer.inputs[index] = new
+        redirect(old, new)
         for node in self.walk():
             for subgraph in (v for v in node.attrs.values() if isinstance(v, gs.Graph)):
                 subgraph.outputs = [new if t is old else t for t in subgraph.outputs]
@@ -518,10 +520,7 @@ class Graph(gs.Graph):
             InputError: the graph has a cycle.
         """
         live = self._live()
-        for node in self.nodes:
-            if id(node) not in live:
-                node.outputs.clear()
-                node.inputs.clear()
+        disconnect(n for n in self.nodes if id(n) not in live)
         self.nodes = [n for n in self.nodes if id(n) in live]
         self._sort()
 
@@ -625,6 +624,34 @@ class Graph(gs.Graph):
             onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True, data_prop=True)
         except Exception as error:
             raise InputError("the ONNX checker rejects the graph", _one_line(error)) from None
+
+
+def redirect(old: Tensor, new: Tensor) -> None:
+    """Let every node that reads ``old`` read ``new``, in time linear in their inputs.
+
+    graphsurgeon's own lists search each other by value, which is quadratic in the readers of a tensor; hence ``list``.
+    """
+    if old is new:
+        return
+    for reader in {id(n): n for n in old.outputs}.values():
+        for index, tensor in enumerate(reader.inputs):
+            if tensor is old:
+                list.__setitem__(reader.inputs, index, new)
+                list.append(new.outputs, reader)
+    list.clear(old.outputs)
+
+
+def disconnect(nodes: Iterable[gs.Node]) -> None:
+    """Take nodes off the tensors they read and write, in time linear in the readers of these tensors."""
+    dead = {id(n): n for n in nodes}
+    for end, side in (("inputs", "outputs"), ("outputs", "inputs")):
+        for tensor in {id(t): t for n in dead.values() for t in getattr(n, end)}.values():
+            ends = getattr(tensor, side)
+            kept = [n for n in ends if id(n) not in dead]
+            list.clear(ends)
+            list.extend(ends, kept)
+        for node in dead.values():
+            list.clear(getattr(node, end))
 
 
 class _Elsewhere(LazyValues):

@@ -207,6 +207,8 @@ def export(
     Raises:
         InputError: the module does not run on the inputs, or no rung exports it faithfully.
     """
+    compiled = getattr(module, "_orig_mod", None)  # of torch.compile, whose kernels no exporter reads
+    module = compiled if isinstance(compiled, nn.Module) else module
     rng = torch.Generator().manual_seed(seed)
     call = _respecified(Call.bind(module, args, kwargs, user), inputs, rng)
     axes = _axes_of(program, call, dynamic) if program else _axes(call, dynamic)
@@ -370,7 +372,7 @@ def _axes(call: Call, dynamic: Mapping[str, Mapping[int, Range]]) -> Axes:
 
 
 def _axes_of(program: torch.export.ExportedProgram, call: Call, dynamic: Mapping[str, Mapping[int, Range]]) -> Axes:
-    """The axes that an exported program left open: equal symbols are one dimension."""
+    """The axes that an exported program leaves open; equal symbols are one dimension."""
     _known(call, dynamic)
     shapes = {n.name: n.meta["val"].shape for n in program.graph.nodes if n.op == "placeholder" and _is_tensor(n.meta)}
     names = [n for n in program.graph_signature.user_inputs if n in shapes]
@@ -379,8 +381,8 @@ def _axes_of(program: torch.export.ExportedProgram, call: Call, dynamic: Mapping
     for name, placeholder, tensor in zip(call.names, names, call.tensors, strict=True):
         wanted = dict(dynamic.get(name, {}))
         for axis, extent in enumerate(shapes[placeholder]):
-            if not isinstance(extent, torch.SymInt):
-                continue
+            if not (isinstance(extent, torch.SymInt) and str(extent).isidentifier()):
+                continue  # fixed, or derived from another, such as 2*s0
             symbols[name, axis] = str(extent)
             bound = program.range_constraints.get(extent.node.expr)
             low, high = (_bound(bound.lower, 0), _bound(bound.upper, None)) if bound else (0, None)
@@ -389,7 +391,9 @@ def _axes_of(program: torch.export.ExportedProgram, call: Call, dynamic: Mapping
             ranges.setdefault(name, {})[axis] = wanted.pop(axis, limits)
         if wanted:
             axis = next(iter(wanted))
-            raise InputError(f"axis {axis} of {name!r} cannot be dynamic", "the exported program fixes its extent")
+            raise InputError(
+                f"axis {axis} of {name!r} cannot be dynamic", "the exported program fixes or derives its extent"
+            )
     return _named(call, ranges, lambda name, axis, _: symbols[name, axis])
 
 
@@ -398,10 +402,8 @@ def _is_tensor(meta: Mapping[str, Any]) -> bool:
 
 
 def _bound(value: Any, otherwise: int | None) -> int | None:
-    try:
-        return int(value)
-    except (TypeError, ValueError, OverflowError):  # infinity
-        return otherwise
+    """A bound of a symbol's range, ``otherwise`` where it is infinite."""
+    return int(value) if isinstance(value, int) or getattr(value, "is_Integer", False) else otherwise
 
 
 def _named(

@@ -255,7 +255,7 @@ class Pipeline:
         before = stats.count(graph, shape_feeds)
         for number, step_pass in enumerate(self.passes):
             if progress:
-                progress(str(step_pass))
+                progress(f"pass {step_pass}")
             backup, applied = graph.copy(), context.applied
             context.begin(step_pass.name)
             failure, errors, outputs = "", None, reference

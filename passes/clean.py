@@ -31,7 +31,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from edgecompile.evaluate import TensorType, Unfoldable, type_of
-from edgecompile.graph import Graph, Tensor
+from edgecompile.graph import Graph, Tensor, disconnect, redirect
 from edgecompile.pipeline import Context, Pass, PassResult
 from edgecompile.propagate import PRECISION, RANDOM, SMALL, Propagation, View, mib, standard
 
@@ -157,6 +157,7 @@ class _Sweep:
         self.graph, self.rewrite, self.note, self.growth = graph, context.rewrite, context.note, options.growth
         self.facts = Propagation(graph, options.fold_limit, options.work, context.note)
         self.room = options.growth * graph.weight_bytes() + options.fold_limit  # bytes that folds may still add
+        self.instead: dict[int, Tensor] = {}  # what readers still to come read for a tensor
         self.refused: set[int] = set()
         self.equal: dict[tuple, list[gs.Constant]] = {}
         self.digests: dict[int, bytes] = {}
@@ -182,6 +183,9 @@ class _Sweep:
 
     def visit(self, node: gs.Node, produced: set[int], twins: dict[tuple, gs.Node], main: bool) -> None:
         """Simplify a node unless it is constant; settle what it reads."""
+        for index, tensor in enumerate(node.inputs):
+            if id(tensor) in self.instead:
+                node.inputs[index] = self.instead[id(tensor)]
         for body in node.subgraphs():
             self.scope(body)
         if standard(node) and node.op == "CastLike":
@@ -195,10 +199,10 @@ class _Sweep:
                 view.outputs = outputs
             if self.drop(view, produced):
                 return
-        for tensor in {id(t): t for t in node.inputs}.values():
+        for index, tensor in enumerate(node.inputs):
             self.settle(tensor, node)
             if main and isinstance(tensor, gs.Constant):
-                self.share(tensor, node)
+                node.inputs[index] = self.share(tensor, node)
         if view.proto is not None:
             self.merge(view, produced, twins)
 
@@ -294,9 +298,8 @@ class _Sweep:
         stays = node.op == "Identity" and id(old) in self.returned and not self.may_return(new, produced)
         if (stays and not old.outputs) or not self.rewrite(f"drop {node.op}", node):
             return False
-        if stays:
-            _rewire(old, new)
-        else:
+        self.instead[id(old)] = new
+        if not stays:
             self.replace(old, new, node, produced)
         return not stays
 
@@ -315,21 +318,23 @@ class _Sweep:
                     self.replace(old, new, node, produced)
             self.graph.absorb(twin, [node])
 
-    def share(self, tensor: gs.Constant, node: gs.Node) -> None:
-        """Let the readers of an initializer read an equal one. Large ones are compared by a sample, then by digest."""
+    def share(self, tensor: gs.Constant, node: gs.Node) -> gs.Constant:
+        """The initializer to read for this one, an equal one if there is. Large ones are compared by a sample, then by digest."""
         array = self.facts.look(tensor).value
         if array is None:
-            return
+            return tensor
         flat = array.reshape(-1)
         sample = flat[:: max(1, flat.size // 64)].tobytes()
         alike = self.equal.setdefault((array.dtype, array.shape, sample), [])
         if any(other is tensor for other in alike):
-            return
+            return tensor
         twin = next((c for c in alike if flat.size <= 64 or self.digest(c) == self.digest(tensor)), None)
         if twin is None:
             alike.append(tensor)
         elif self.rewrite(f"read {twin.name} for the equal {tensor.name}", node):
-            _rewire(tensor, twin)
+            self.instead[id(tensor)] = twin
+            return twin
+        return tensor
 
     def digest(self, tensor: gs.Constant) -> bytes:
         """A hash of an initializer's bytes."""
@@ -345,7 +350,7 @@ class _Sweep:
 
     def replace(self, old: Tensor, new: Tensor, node: gs.Node, produced: set[int]) -> None:
         """Let everything that reads ``old`` read ``new``; what the caller reads keeps its name and declared type."""
-        _rewire(old, new)
+        self.instead[id(old)] = new
         body = self.returned.get(id(old))
         if body is None:
             return
@@ -360,14 +365,14 @@ class _Sweep:
 
     def stand_in(self, new: Tensor, old: Tensor, nodes: list[gs.Node]) -> None:
         """Compute an output of the model or of a body as the Identity of another tensor."""
-        _rewire(old, new)
+        redirect(old, new)
         self.detach(old)
         node = self.graph.insert("Identity", [new], [old], replaces=nodes)
         body = self.returned[id(old)]
         if body is not self.graph:
             body.nodes.append(self.graph.nodes.pop())
         elif isinstance(new, gs.Constant):
-            self.share(new, node)
+            node.inputs[0] = self.share(new, node)
 
     def detach(self, tensor: Tensor) -> None:
         """Let the producer of a tensor write to nowhere instead."""
@@ -380,19 +385,11 @@ def _names_initializer(node: gs.Node) -> bool:
     return standard(node) and node.op == "Identity" and isinstance(node.inputs[0], gs.Constant)
 
 
-def _rewire(old: Tensor, new: Tensor) -> None:
-    for reader in {id(n): n for n in old.outputs}.values():
-        for index, tensor in enumerate(reader.inputs):
-            if tensor is old:
-                reader.inputs[index] = new
-
-
 def _drop_dead(body: gs.Graph) -> None:
-    """Drop the nodes of a body that nothing reads; the order is topological, so their readers go first."""
-    returned, kept = {id(t) for t in body.outputs}, []
+    """Drop the nodes of a body that nothing reads; the order is topological, so their readers are seen first."""
+    returned, dead = {id(t) for t in body.outputs}, {}
     for node in reversed(body.nodes):
-        if any(t.outputs or id(t) in returned for t in node.outputs):
-            kept.append(node)
-        else:
-            node.inputs.clear()
-    body.nodes = kept[::-1]
+        if not any(id(t) in returned or any(id(r) not in dead for r in t.outputs) for t in node.outputs):
+            dead[id(node)] = node
+    disconnect(dead.values())
+    body.nodes = [n for n in body.nodes if id(n) not in dead]

@@ -571,14 +571,16 @@ def _canonicalise(optimised: Graph, source: Graph) -> None:
         reads = tuple(re.sub(r"_token_\d+", "", t.name) for t in node.inputs)
         return max((position[s] for s in sources), default=-1), node.op, reads
 
-    _topological(optimised.nodes, {id(n): key(n) for n in optimised.nodes})
+    optimised.nodes = _topological(optimised.nodes, {id(n): key(n) for n in optimised.nodes})
     taken: set[str] = set()
     for node in optimised.nodes:
         sources = provenance(node).sources
         layout = node.op in ("ReorderInput", "ReorderOutput")
         node.name = _unique(":".join([*sources[-1:], *([node.op] if layout or not sources else [])]), taken)
+    top = {id(node) for node in optimised.nodes}
     for node in optimised.walk():
-        node.name = node.name if node.name in taken else _unique(node.name or node.op, taken)
+        if id(node) not in top:
+            node.name = _unique(node.name or node.op, taken)
     used = set(kept)
     for node in optimised.walk():
         for kind, tensors in (("in", node.inputs), ("out", node.outputs)):

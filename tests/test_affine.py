@@ -87,8 +87,7 @@ def run_form(form: Conv, x: Array) -> Array:
     if form.op == "Conv":
         y = CONV[rank](padded(batch, begin, end), weight, bias, at["strides"], 0, at["dilations"], at["group"])
     else:
-        most = np.maximum(at["strides"], at["dilations"])
-        assert (np.array(at["output_padding"]) < most).all() and min(at["output_padding"]) >= 0
+        assert all(0 <= o < s for o, s in zip(at["output_padding"], at["strides"], strict=True))
         strides, extra, dilations = at["strides"], at["output_padding"], at["dilations"]
         y = transposed(batch, weight, bias, strides, begin, end, extra, dilations, at["group"])
     return y[0].numpy()

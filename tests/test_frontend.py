@@ -177,11 +177,11 @@ def test_random_variation_differs(own_packages):
     assert not np.allclose(first, second)
 
 
-def test_what_the_file_prints_is_shown(tmp_path, capfd):
-    text = "print('talkative')\ndef example_inputs(): pass\n"
-    path = write(tmp_path, text)
-    refused(path, tmp_path)
-    assert "talkative" in capfd.readouterr().err
+@pytest.mark.parametrize("progress", [None, lambda text: None])
+def test_what_a_failing_file_prints_is_shown_once(progress, tmp_path, capfd):
+    path = write(tmp_path, "print('talkative')\nraise ValueError\n")
+    assert refused(path, tmp_path, progress=progress).what == "model.py:2: ValueError"
+    assert capfd.readouterr().err == "talkative\n"
 
 
 def test_zoo(tmp_path):
@@ -266,12 +266,16 @@ def test_errors_name_file_and_line(text, what, why, tmp_path):
     assert why in error.why
 
 
-def test_shapes_on_the_command_line_stand_in_for_example_inputs(tmp_path):
-    path = write(tmp_path, NET)
+def test_shapes_on_the_command_line_stand_in_for_example_inputs(tmp_path, capfd):
+    path = write(tmp_path, NET + "    print('talkative')\n")
     source = load(str(path), folder=tmp_path, inputs={"input": (5, 3, 4)})
     recompute(source)
     assert source.feeds[0]["input"].shape == (5, 3, 4)
     assert source.notes == ("random values of the shapes given for input (seed 0)",)
+    assert capfd.readouterr() == ("", "")  # neither what the file prints nor what torch logs, for nothing failed
+    write(tmp_path, "import os\nos._exit(3)\n")
+    with pytest.raises(InputError, match="ended with status 3"):  # and not the earlier result
+        load(str(path), folder=tmp_path)
 
 
 def test_syntax_error_in_an_imported_file(tmp_path):
@@ -290,11 +294,6 @@ def test_death_by_signal_is_one_line(tmp_path):
 def test_a_crash_names_the_line(tmp_path):
     path = write(tmp_path, "import ctypes\n\ndef model():\n    ctypes.string_at(0)\n")
     assert refused(path, tmp_path).what == "model.py:4: the export process was killed by SIGSEGV"
-
-
-def test_an_exit_without_an_answer(tmp_path):
-    path = write(tmp_path, "import os\nos._exit(3)\n")
-    assert "ended with status 3" in refused(path, tmp_path).what
 
 
 def test_interrupt_ends_the_child_and_its_children(tmp_path):
@@ -608,6 +607,27 @@ def test_inputs_changed_in_place(tmp_path):
     np.testing.assert_array_equal(source.feeds[0]["x"], np.ones((2, 3), np.float32))
 
 
+def test_compiled_modules_and_own_eval(tmp_path):
+    class Merging(nn.Linear):
+        """Doubles its output in eval mode, by a train() of its own."""
+
+        factor = 1
+
+        def train(self, mode=True):
+            self.factor = 1 if mode else 2
+            return super().train(mode)
+
+        def forward(self, x):
+            return super().forward(x) * self.factor
+
+    x, module = torch.randn(2, 4), Merging(4, 4, bias=False)
+    source = from_module(torch.compile(module), x, folder=tmp_path)
+    recompute(source)
+    assert list(source.feeds[0]) == ["x"]
+    wanted = 2 * (x @ module.weight.T).detach().numpy()
+    np.testing.assert_allclose(source.reference[0]["output"], wanted, rtol=1e-5, atol=1e-6)
+
+
 def test_hooks_and_scripted_modules(tmp_path):
     hooked = nn.Sequential(nn.Linear(4, 4))
     hooked.register_forward_hook(lambda module, args, output: output * 3)
@@ -654,6 +674,24 @@ def test_pt2(tmp_path):
     np.testing.assert_allclose(source.reference[2]["y"], wanted["y"].numpy(), rtol=1e-5, atol=1e-6)
     error = refused(tmp_path / "net.pt2", tmp_path, dynamic={"image": {2: (8, 8, 16)}})
     assert error.what == "axis 2 of 'image' cannot be dynamic"
+
+
+@pytest.mark.parametrize("rungs", [("dynamo",), ("torchscript",)])
+def test_pt2_without_bounds(rungs, tmp_path, monkeypatch):
+    from edgecompile import ladder
+    from edgecompile.blame import User
+
+    monkeypatch.setattr(ladder, "RUNGS", rungs)
+    module = nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval()
+    program = torch.export.export(module, (torch.randn(4, 4),), dynamic_shapes=({0: torch.export.Dim("n")},))
+    args, kwargs = program.example_inputs
+    made = ladder.export(
+        program.module(), args, kwargs, folder=tmp_path, user=User(), inputs={}, dynamic={}, program=program
+    )  # fmt: skip
+    assert [f["input"].shape for f in made.feeds] == [(4, 4), (4, 4), (1, 4)]
+    assert made.graph.signature().inputs[0].shape == ("batch", 4)
+    for feed, wanted in zip(made.feeds, made.reference, strict=True):
+        np.testing.assert_allclose(oracle.run(made.graph, feed)["output"], wanted["output"], rtol=1e-5, atol=1e-6)
 
 
 def test_pt2_that_is_none(tmp_path):
