@@ -21,6 +21,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from edgecompile.measure import machine
+
 WIDTH = 2048
 LAYER_BYTES = WIDTH * WIDTH * 4
 
@@ -104,7 +106,8 @@ def main() -> None:
             )
         )
     if options.output:
-        options.output.write_text(json.dumps(rows, indent=1) + "\n")
+        document = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+        options.output.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":

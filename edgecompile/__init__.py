@@ -55,7 +55,7 @@ def build(
     """Compile a model to a verified engine; what ``edgecompile build`` does.
 
     Args:
-        model: a ``torch.nn.Module``, or a SOURCE: ``model.py``, ``model.py:factory``, a zoo name, ``.onnx`` or ``.pt2``.
+        model: a ``torch.nn.Module``, or a SOURCE: ``model.py[:factory]``, a zoo name, ``.onnx`` or ``.pt2``.
         example_inputs: for a module: a tensor, a tuple of tensors, or a dict of them by the name of forward's argument.
         target: name of the target.
         output: folder of the bundle, ``build/NAME`` by default.

@@ -46,6 +46,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +54,7 @@ import numpy as np
 LIMIT = 1 << 26
 
 _Sizes = Sequence[int | None]
+_Ints = Sequence[int] | np.ndarray
 
 
 class Refusal(Exception):
@@ -116,7 +118,10 @@ class Affine:
     @property
     def is_identity(self) -> bool:
         """True if it changes nothing."""
-        return self.is_pointwise and difference(self, identity(self.channels, self.rank)) == 0
+        if not self.is_pointwise or self.outputs != self.channels or self.bias.any():
+            return False
+        own = self.inputs == np.arange(self.outputs)[:, None]
+        return bool(own.any(1).all() and (self.kernel[0] == own).all())
 
     @cached_property
     def groups(self) -> int:
@@ -159,8 +164,8 @@ class Affine:
         if op == "ConvTranspose":
             weight = weight.reshape(self.groups, -1, *weight.shape[1:]).swapaxes(1, 2)
             weight = weight.reshape(self.channels, -1, *window)
-        lists: dict[str, int | list[int]] = {name: [int(v) for v in values] for name, values in attributes.items()}
-        return Conv(op, weight, bias, lists | {"group": self.groups})
+        lists = {name: [int(v) for v in values] for name, values in attributes.items()}
+        return Conv(op, weight, bias, {**lists, "group": self.groups})
 
     def as_matrix(self, dtype: np.dtype | type = np.float64) -> tuple[np.ndarray, np.ndarray | None]:
         """Weight [C_out, C_in] and bias [C_out] (None if zero) of a pointwise map.
@@ -178,7 +183,7 @@ class Affine:
     @cached_property
     def _used(self) -> np.ndarray:
         """Bool [C_out, slots]: slots whose kernel is not zero."""
-        return self.kernel.any(0)
+        return np.any(self.kernel, axis=0)
 
     @cached_property
     def _window(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,8 +210,8 @@ class Affine:
         weight = np.zeros((math.prod(window), self.outputs, slots))
         row, slot = np.nonzero(self._used)
         column = self.inputs[row, slot] - row // (self.outputs // self.groups) * slots
-        for cell, matrix in zip(np.ravel_multi_index(tuple(cells.T), tuple(window)), self.kernel, strict=True):
-            weight[cell, row, column] = matrix[row, slot]
+        for t, cell in enumerate(np.atleast_1d(np.ravel_multi_index(tuple(cells.T), tuple(window)))):
+            weight[cell, row, column] = self.kernel[t, row, slot]
         return np.moveaxis(weight, 0, 2).reshape(self.outputs, slots, *window)
 
 
@@ -224,7 +229,7 @@ class Conv:
     op: str
     weight: np.ndarray
     bias: np.ndarray | None
-    attributes: dict[str, int | list[int]]
+    attributes: dict[str, Any]
 
 
 # -- constructors ----------------------------------------------------------------------------------------------------
@@ -241,10 +246,10 @@ def conv(
     """An ONNX Conv: ``weight`` [C_out, C_in/group, *window], ``pads`` all begins then all ends."""
     weight = np.asarray(weight, np.float64)
     outputs, slots, *window = weight.shape
-    strides, begin, end, reach, taps = _geometry(window, strides, pads, dilations)
+    stride, begin, end, reach, taps = _geometry(window, strides, pads, dilations)
     kernel = np.moveaxis(weight.reshape(outputs, slots, -1), 2, 0)
     inputs = _group_inputs(outputs, slots, group)
-    return _made(kernel, inputs, taps - begin, bias, slots * group, strides, np.ones_like(strides), begin + end - reach)
+    return _made(kernel, inputs, taps - begin, bias, slots * group, stride, np.ones_like(stride), begin + end - reach)
 
 
 def conv_transpose(
@@ -352,7 +357,7 @@ def add(a: Affine, b: Affine, entry: _Sizes | None = None, limit: int = LIMIT) -
         inputs, slots = a.inputs, np.tile(np.arange(a.inputs.shape[1]), 2)[None]
     else:
         inputs, slots = _union(np.concatenate((a.inputs, b.inputs), axis=1))
-    _affordable(len(taps), *inputs.shape, limit)
+    _affordable(len(taps), a.outputs, inputs.shape[1], limit)
     kernel = np.zeros((len(taps), len(inputs), inputs.shape[1] + 1))  # the last slot takes what -1 marks
     rows, tap, slot = np.arange(a.outputs)[:, None], index[:, None, None], slots
     split, width = len(a.taps), a.inputs.shape[1]
@@ -371,11 +376,12 @@ def compose(outer: Affine, inner: Affine, entry: _Sizes | None = None, limit: in
             outer up-sampling, or the kernel would have more than ``limit`` elements.
         ValueError: channels or ranks differ.
     """
-    if (outer.channels, outer.rank) != (inner.outputs, inner.rank):
-        raise ValueError(f"a {outer} of {outer.channels} channels after a {inner} to {inner.outputs} channels")
+    entry = entry or [None] * inner.rank
+    if (outer.channels, outer.rank, len(entry)) != (inner.outputs, inner.rank, inner.rank):
+        raise ValueError(f"a {outer} of {outer.channels} channels after a {inner} to {inner.outputs}, on {entry}")
     if any(s > 1 and u > 1 for s, u in zip(inner.stride, outer.up, strict=True)):
         raise Refusal(f"a {outer} fills in what a {inner} before it skipped")
-    _prove_padding(outer, inner, entry or [None] * inner.rank)
+    _prove_padding(outer, inner, entry)
     return _product(outer, inner, limit)
 
 
@@ -436,18 +442,23 @@ def _prove_padding(outer: Affine, inner: Affine, entry: _Sizes) -> None:
 def _reads_outside(
     outer: Affine, inner: Affine, axis: int, offsets: np.ndarray, reaches: np.ndarray, n: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """On one axis: which outer taps read outside the intermediate, and which inner taps then see the entry."""
+    """On one axis: which outer taps read outside the intermediate [offsets]; which inner taps then see the entry.
+
+    ``offsets`` are those of the outer taps in ascending order, ``reaches`` those of the inner ones; the second result
+    is [offsets, reaches].
+    """
     one, two = (np.array((m.stride, m.up, m.grow), int)[:, axis] for m in (inner, outer))
     middle = -((one[1] * n + one[2]) // -one[0])
     size = -((two[1] * middle + two[2]) // -two[0])
     if min(middle, size) <= 0:
         raise Refusal(f"a {outer} after a {inner} has an empty output for an input of extent {n}")
-    at, phase = np.divmod(two[0] * np.arange(size)[:, None] + offsets, two[1])
+    origin = two[0] * np.arange(size)
+    border = (origin + offsets[0] < 0) | (origin + offsets[-1] > two[1] * (middle - 1))
+    at, phase = np.divmod(origin[border, None] + offsets, two[1])
     out = (phase == 0) & ((at < 0) | (at >= middle))
-    border = out.any(1)
-    seen = one[0] * at[border][:, :, None] + reaches
+    seen = one[0] * at[:, :, None] + reaches
     inside = (seen >= 0) & (seen <= one[1] * (n - 1)) & (seen % one[1] == 0)
-    return out.any(0), (inside & out[border][:, :, None]).any(0)
+    return out.any(0), (inside & out[:, :, None]).any(0)
 
 
 def _extents(outer: Affine, inner: Affine, axis: int) -> range:
@@ -479,7 +490,9 @@ def _product(outer: Affine, inner: Affine, limit: int = LIMIT) -> Affine:
     return _made(kernel[kept], inputs, taps, bias, inner.channels, stride // common, up // common, -(grow // -common))
 
 
-def _diagonal_product(outer: Affine, inner: Affine, size: int, index: np.ndarray):
+def _diagonal_product(
+    outer: Affine, inner: Affine, size: int, index: np.ndarray
+) -> tuple[np.ndarray, np.ndarray] | None:
     """Kernel and inputs if every inner output reads one channel: a depthwise kernel is never made dense for this."""
     if inner.inputs.shape[1] != 1:
         return None
@@ -497,11 +510,12 @@ def _diagonal_product(outer: Affine, inner: Affine, size: int, index: np.ndarray
 def _block_product(outer: Affine, inner: Affine, size: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Kernel and inputs by one matrix product per tap and block of output channels that read the same channels."""
     changes = np.flatnonzero((outer.inputs[1:] != outer.inputs[:-1]).any(1)) + 1
-    height = int(np.gcd.reduce(np.diff([0, *changes, outer.outputs])))
+    height = math.gcd(outer.outputs, *(int(row) for row in changes))
     reads = outer.inputs[::height]  # [blocks, slots]
     blocks, slots = reads.shape
     width = min(slots * inner.inputs.shape[1], inner.channels)
     # A block needs its part of the inner kernel as a dense array; this many blocks at a time bound the memory.
+    _affordable(len(inner.taps), slots, width, LIMIT)
     chunk = max(1, (1 << 22) // (len(inner.taps) * slots * width))
     parts = []
     for start in range(0, blocks, chunk):
@@ -534,7 +548,16 @@ def _bias_product(outer: Affine, inner: Affine) -> np.ndarray:
 # -- shared parts ----------------------------------------------------------------------------------------------------
 
 
-def _made(kernel, inputs, taps, bias, channels: int, stride, up, grow) -> Affine:
+def _made(
+    kernel: np.ndarray,
+    inputs: np.ndarray,
+    taps: np.ndarray,
+    bias: np.ndarray | None,
+    channels: int,
+    stride: _Ints,
+    up: _Ints,
+    grow: _Ints,
+) -> Affine:
     """The map without its zero taps, its constants checked."""
     bias = np.zeros(kernel.shape[1]) if bias is None else np.asarray(bias, np.float64)
     if bias.shape != (kernel.shape[1],) or inputs.shape != kernel.shape[1:]:
@@ -550,18 +573,20 @@ def _made(kernel, inputs, taps, bias, channels: int, stride, up, grow) -> Affine
     return Affine(kernel, inputs, taps, bias, channels, stride, up, grow)
 
 
-def _pointwise(weight: np.ndarray, inputs: np.ndarray, bias, channels: int, rank: int) -> Affine:
+def _pointwise(weight: np.ndarray, inputs: np.ndarray, bias: np.ndarray | None, channels: int, rank: int) -> Affine:
     ones, zeros = (1,) * rank, (0,) * rank
     return _made(weight[None], inputs, np.zeros((1, rank), int), bias, channels, ones, ones, zeros)
 
 
-def _geometry(window, strides, pads, dilations) -> tuple[np.ndarray, ...]:
+def _geometry(
+    window: Sequence[int], strides: Sequence[int] | None, pads: Sequence[int] | None, dilations: Sequence[int] | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Strides, begin and end pads, reach of the window (its extent - 1), and tap offsets from its start."""
     rank = len(window)
-    strides, dilations = (np.array(v if v is not None else [1] * rank, int) for v in (strides, dilations))
+    step, dilation = (np.array(v if v is not None else [1] * rank, int) for v in (strides, dilations))
     begin, end = np.array(pads if pads is not None else [0] * 2 * rank, int).reshape(2, rank)
     cells = np.array(list(np.ndindex(*window)), int).reshape(math.prod(window), rank)
-    return strides, begin, end, (np.array(window, int) - 1) * dilations, cells * dilations
+    return step, begin, end, (np.array(window, int) - 1) * dilation, cells * dilation
 
 
 def _group_inputs(outputs: int, slots: int, group: int) -> np.ndarray:
@@ -600,8 +625,9 @@ def _union(channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _affordable(taps: int, outputs: int, slots: int, limit: int) -> None:
+    """Refuse a kernel of more than ``limit`` elements."""
     if taps * outputs * slots > limit:
-        raise Refusal(f"the merged kernel would have {taps * outputs * slots:,} elements")
+        raise Refusal(f"merging would take a kernel of {taps * outputs * slots:,} elements")
 
 
 def _divisors(n: int) -> list[int]:

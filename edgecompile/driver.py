@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import random
 import shlex
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from edgecompile.frontend import Source
 from edgecompile.graph import Graph
 from edgecompile.oracle import OutputError, Outputs
 from edgecompile.pipeline import Pipeline, Step
-from edgecompile.target import Engine, Target
+from edgecompile.target import Engine, EngineManifest, Target
 
 # Largest difference between the engine and its reference, relative to the largest value of the output. Different
 # kernels sum in different orders; the deepest detectors need the most room.
@@ -125,7 +126,7 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
         latency, layers = [], []
         if options.bench:
             with clock("measure"):
-                latency = _measure(target, engine, source, stages, options, Path(scratch), say)
+                latency = _measure(target, engine, graph, folder, source, stages, options, Path(scratch), say)
                 say("profiling layers")
                 layers = engine.layers(source.feeds[0])
         bundle.write_probe(folder, source.feeds[0], reference[0])
@@ -174,6 +175,8 @@ def _require_parity(errors: Mapping[str, OutputError], tolerance: float, source:
 def _measure(
     target: Target,
     engine: Engine,
+    lowered: Graph,
+    folder: Path,
     source: Source,
     stages: Sequence[tuple[Step, Graph]],
     options: Options,
@@ -181,29 +184,45 @@ def _measure(
     say: Callable[[str], None],
 ) -> list[tuple[str, measure.Samples]]:
     """Time the engine, the plain export and what each pass left, interleaved; the plain export first."""
-    graphs = [("plain export", source.graph)] + [(step.spec, graph) for step, graph in stages[:-1]]
-    arms: dict[str, Engine] = {}
-    for number, (label, graph) in enumerate(graphs):
-        folder = scratch / str(number)
-        folder.mkdir()
-        say(f"building {label} to compare with" if number == 0 else f"building what {label} left")
-        name = label if label not in arms else f"{label} (pass {number})"
-        arms[name] = target.build(graph, folder, options.target_options)
-    arms["engine"] = engine
-    say("measuring latency")
+    arms = {"plain export": (source.graph, *_lowered(target, source.graph, options, scratch / "plain", say))}
+    for number, (step, graph) in enumerate(stages[:-1]):
+        label = step.spec if step.spec not in arms else f"{step.spec} (pass {number + 1})"
+        arms[label] = (graph, *_lowered(target, graph, options, scratch / str(number), say))
+    arms["engine"] = (lowered, folder, engine.manifest)
     feeds: Outputs = source.feeds[0]
-    samples = measure.interleave(
-        {label: arm.call(feeds) for label, arm in arms.items()},
+    order = random.Random(options.seed)
+
+    @contextlib.contextmanager
+    def open_arms() -> Iterator[dict[str, Callable[[], object]]]:
+        opened: dict[str, Engine] = {}
+        for label in order.sample(list(arms), len(arms)):
+            graph, place, manifest = arms[label]
+            opened[label] = target.load(place, manifest, graph)
+        yield {label: opened[label].call(feeds) for label in arms}
+        for arm in opened.values():
+            arm.close()
+
+    samples = measure.interleave_sessions(
+        open_arms,
         engine.clock,
         seconds=options.seconds / len(arms),
-        min_calls=10,
         threads=engine.threads,
         seed=options.seed,
+        progress=lambda done: say(f"measuring latency, {done:.0%}"),
     )
-    for label, arm in arms.items():
-        if label != "engine":
-            arm.close()
     return list(samples.items())
+
+
+def _lowered(
+    target: Target, graph: Graph, options: Options, folder: Path, say: Callable[[str], None]
+) -> tuple[Path, EngineManifest]:
+    """Lower a graph that is only to be compared with."""
+    say("building an engine to compare with")
+    folder.mkdir()
+    engine = target.build(graph, folder, options.target_options)
+    graph.save(folder / bundle.MODEL)
+    engine.close()
+    return folder, engine.manifest
 
 
 class _Clock:

@@ -17,6 +17,7 @@ import heapq
 import itertools
 import json
 import os
+import re
 import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ INLINE_LIMIT = 1 << 31  # protobuf cannot serialise 2 GiB
 _KEEP_INLINE = 1 << 20  # weights below 1 MiB stay initializers where large ones become inputs of a probe model
 _PACKED = ("int4", "uint4", "int2", "uint2")  # several values share a byte in a file, not in an array
 _MODULES, _SOURCES = "edgecompile.modules", "edgecompile.sources"
+_FRAME = re.compile(r'File "([^"]+)"')
 _SCOPES, _TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
 
 
@@ -89,7 +91,7 @@ class Provenance:
         if not frames:
             return ""
         path, _, rest = (
-            next((f for f in reversed(frames) if "/torch/" not in f), frames[-1])
+            next((f for f in reversed(frames) if '"torch/' not in f), frames[-1])
             .removeprefix("File ")
             .partition(", line ")
         )
@@ -885,7 +887,15 @@ def _read_provenance(node: gs.Node, props: dict[str, str]) -> Provenance:
     if not modules:
         module = _dynamo_module(props.get(_SCOPES, "")) if _SCOPES in props else _torchscript_module(node.name)
         modules = (module,) if module else ()
+    if _TRACE in props:
+        props[_TRACE] = _FRAME.sub(lambda m: f'File "{_portable(m[1])}"', props[_TRACE])
     return Provenance(modules, sources or ((node.name,) if node.name else ()), tuple(props.items()))
+
+
+def _portable(path: str) -> str:
+    """A source path without what differs between machines and people: a bundle must not tell where its maker lives."""
+    _, found, inner = path.rpartition("/site-packages/")
+    return inner if found else path.rpartition("/")[2]
 
 
 def _dynamo_module(scopes: str) -> str:

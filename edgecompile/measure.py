@@ -3,6 +3,10 @@
 Every arm sees the same machine, so load, clock frequency and temperature cancel in :func:`ratio`, which compares the
 arms round by round. One thread is timed with its CPU time, which does not grow when others use the machine; several
 threads need the wall clock, which does.
+
+Two sessions of the very same model differ by a few percent, in memory layout if nothing else, and no number of calls
+averages that out. :func:`interleave_sessions` therefore opens the arms anew several times, and the pair of sessions is
+the unit of evidence.
 """
 
 from __future__ import annotations
@@ -12,9 +16,9 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ class Samples:
         rounds: number of the round that each call belongs to; int64 [calls].
         overhead: what an empty call costs on this clock, in seconds; it is contained in ``seconds``.
         load: one-minute load average of the machine before and after the run.
+        sessions: number of the session that each call belongs to, int64 [calls]; None if there was one only.
     """
 
     label: str
@@ -48,6 +53,7 @@ class Samples:
     rounds: np.ndarray
     overhead: float = 0.0
     load: tuple[float, float] = (0.0, 0.0)
+    sessions: np.ndarray | None = None
 
     def percentile(self, q: float) -> float:
         """The ``q``-th percentile of a call, in seconds."""
@@ -92,11 +98,12 @@ class Ratio:
     """Latency of a candidate over that of a baseline.
 
     Attributes:
-        value: median over the rounds of the ratio of the two block medians.
+        value: median over the pairs of sessions; of each pair, the median over its rounds of the ratio of the two
+            block medians. With one pair, the median over its rounds.
         low: lower end of the confidence interval of that median.
         high: upper end.
-        confidence: coverage of the interval; below what was asked if there are too few rounds.
-        rounds: rounds compared.
+        confidence: coverage of the interval; below what was asked if there are too few pairs or rounds.
+        rounds: what was compared: pairs of sessions, or rounds of the only pair.
     """
 
     value: float
@@ -174,17 +181,75 @@ def interleave(
     load = (before, os.getloadavg()[0])
     return {
         name: Samples(
-            name, clock, np.array(taken[name], np.float64) / 1e9, threads, np.array(rounds[name]), overhead, load
+            name,
+            clock,
+            np.array(taken[name], np.float64) / 1e9,
+            threads,
+            np.array(rounds[name]),
+            overhead,
+            load,
         )
         for name in names
     }
 
 
-def ratio(candidate: Samples, baseline: Samples, confidence: float = 0.95) -> Ratio:
-    """Compare two arms of one :func:`interleave` run, round by round.
+def interleave_sessions(
+    open_arms: Callable[[], AbstractContextManager[Mapping[str, Callable[[], object]]]],
+    clock: str,
+    *,
+    sessions: int = 6,
+    seconds: float = 2.0,
+    min_calls: int = 12,
+    threads: int = 1,
+    seed: int = 0,
+    progress: Callable[[float], object] | None = None,
+) -> dict[str, Samples]:
+    """:func:`interleave` arms that are opened anew ``sessions`` times.
 
-    The interval is that of the sign test: it assumes nothing about the distribution of the ratios but that rounds are
-    independent (Conover, Practical Nonparametric Statistics, section 3.2).
+    Args:
+        open_arms: opens every arm; its context closes them.
+        clock: as for :func:`interleave`.
+        sessions: how often; six are the fewest that give a 95 % interval.
+        seconds: wall time to spend per arm, over all sessions.
+        min_calls: calls per arm, over all sessions.
+        threads, seed, progress: as for :func:`interleave`.
+    """
+    runs: list[dict[str, Samples]] = []
+    for number in range(sessions):
+        with open_arms() as calls:
+            runs.append(
+                interleave(
+                    calls,
+                    clock,
+                    seconds=seconds / sessions,
+                    min_calls=-(-min_calls // sessions),
+                    threads=threads,
+                    seed=seed + number,
+                )
+            )
+        if progress is not None:
+            progress((number + 1) / sessions)
+    return {name: _joined([run[name] for run in runs]) for name in runs[0]}
+
+
+def _joined(runs: Sequence[Samples]) -> Samples:
+    """The samples of one arm from all sessions."""
+    firsts = np.cumsum([0, *(int(r.rounds[-1]) + 1 for r in runs[:-1])])
+    return replace(
+        runs[0],
+        seconds=np.concatenate([r.seconds for r in runs]),
+        rounds=np.concatenate([r.rounds + first for r, first in zip(runs, firsts, strict=True)]),
+        sessions=np.concatenate([np.full(len(r.rounds), i) for i, r in enumerate(runs)]),
+        overhead=float(np.median([r.overhead for r in runs])),
+        load=(runs[0].load[0], runs[-1].load[1]),
+    )
+
+
+def ratio(candidate: Samples, baseline: Samples, confidence: float = 0.95) -> Ratio:
+    """Compare two arms of one run, round by round, then pair of sessions by pair of sessions.
+
+    The interval is that of the sign test: it assumes nothing about the distribution of the ratios but that the pairs
+    are independent (Conover, Practical Nonparametric Statistics, section 3.2).
 
     Raises:
         ValueError: the arms have no round in common.
@@ -193,7 +258,14 @@ def ratio(candidate: Samples, baseline: Samples, confidence: float = 0.95) -> Ra
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         raise ValueError(f"{candidate.label!r} and {baseline.label!r} were not measured in one run")
-    ratios = np.sort([ours[r] / theirs[r] for r in common])
+    by_session: dict[int, list[float]] = {}
+    for number in common:
+        session = 0
+        if candidate.sessions is not None:
+            session = int(candidate.sessions[np.searchsorted(candidate.rounds, number)])
+        by_session.setdefault(session, []).append(ours[number] / theirs[number])
+    pairs = list(by_session.values())
+    ratios = np.sort([float(np.median(p)) for p in pairs] if len(pairs) > 1 else pairs[0])
     n = len(ratios)
     rank, coverage = _sign_interval(n, confidence)
     return Ratio(float(np.median(ratios)), float(ratios[rank - 1]), float(ratios[n - rank]), coverage, n)

@@ -272,7 +272,7 @@ class _Sweep:
         if node.op == inner.op == "Transpose":
             default = list(range(len(view.types[0].shape or ())))[::-1]
             outer_perm, inner_perm = node.attrs.get("perm", default), inner.attrs.get("perm", default)
-            if len(outer_perm) != len(inner_perm):
+            if not outer_perm or len(outer_perm) != len(inner_perm):
                 return False
             attrs["perm"] = [inner_perm[axis] for axis in outer_perm]
         elif node.op == "Transpose" or inner.op not in ("Flatten", "Reshape", "Squeeze", "Unsqueeze"):
@@ -319,7 +319,7 @@ class _Sweep:
             self.graph.absorb(twin, [node])
 
     def share(self, tensor: gs.Constant, node: gs.Node) -> gs.Constant:
-        """The initializer to read for this one, an equal one if there is. Large ones are compared by a sample, then by digest."""
+        """The first of all equal initializers. Large ones are compared by a sample, then by digest."""
         array = self.facts.look(tensor).value
         if array is None:
             return tensor
@@ -365,14 +365,14 @@ class _Sweep:
 
     def stand_in(self, new: Tensor, old: Tensor, nodes: list[gs.Node]) -> None:
         """Compute an output of the model or of a body as the Identity of another tensor."""
+        body = self.returned[id(old)]
+        if body is self.graph and isinstance(new, gs.Constant):
+            new = self.share(new, nodes[0])
         redirect(old, new)
         self.detach(old)
-        node = self.graph.insert("Identity", [new], [old], replaces=nodes)
-        body = self.returned[id(old)]
+        self.graph.insert("Identity", [new], [old], replaces=nodes)
         if body is not self.graph:
             body.nodes.append(self.graph.nodes.pop())
-        elif isinstance(new, gs.Constant):
-            node.inputs[0] = self.share(new, node)
 
     def detach(self, tensor: Tensor) -> None:
         """Let the producer of a tensor write to nowhere instead."""

@@ -39,11 +39,14 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from edgecompile.graph import Dim, Graph, Tensor, where
+from edgecompile.graph import Dim, Graph, Tensor, disconnect, where
 from edgecompile.pipeline import Context, Pass, PassResult
 
 # Nodes visited to absorb one map; keeps the pass linear in the size of the graph.
 _REACH = 128
+
+# Bytes of a shared weight that may be copied so that one of its users can take a map in.
+_COPY_LIMIT = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -199,7 +202,7 @@ def _affine_node(graph: Graph, node: gs.Node) -> _Unit | None:
     """The affine map that a node is, or None.
 
     Raises:
-        _Refused: a BatchNormalization that is none.
+        _Refused: it is a BatchNormalization in training, or better left to the runtime.
     """
     op = _op(node)
     if op == "BatchNormalization":
@@ -211,6 +214,8 @@ def _affine_node(graph: Graph, node: gs.Node) -> _Unit | None:
         first = constants[0] is not None
         source, constant = node.inputs[int(first)], constants[int(not first)]
         parts = _per_axis(op, constant, first, source.shape)
+        if parts is not None and (pattern := _fused_pattern(graph, op, source)):
+            raise _Refused(f"it is part of a {pattern}, which runtimes fuse as a whole")
     else:
         return None
     if parts is None or source.dtype is None or isinstance(source.dtype, int) or np.dtype(source.dtype).kind != "f":
@@ -232,6 +237,23 @@ def _per_axis(op: str, constant: np.ndarray | None, first: bool, shape: Sequence
     with np.errstate(divide="ignore"):
         pair = _ELEMENTWISE[op](constant.astype(np.float64).reshape(-1), first)
     return None if pair is None else (varied[0] if varied else None, *pair)
+
+
+def _fused_pattern(graph: Graph, op: str, tensor: Tensor) -> str:
+    """The multi-node form of an operation that an ``op`` of ``tensor`` with a constant ends, or ``""``.
+
+    Runtimes know these by their shape; without the last constants they would run them node by node.
+    """
+    node = graph.producer(tensor)
+    if op == "Add" and node is not None and _op(node) == "Mul":  # gamma before beta
+        node = next((p for p in map(graph.producer, node.inputs) if p is not None and _op(p) == "Div"), None)
+    if node is None or _op(node) not in ("Mul", "Div"):
+        return ""
+    inner = [p for p in map(graph.producer, node.inputs) if p is not None]
+    if _op(node) == "Div" and inner and _op(inner[-1]) == "Sqrt":
+        return "normalisation"
+    terms = {_op(p) for n in inner if _op(n) == "Add" for p in map(graph.producer, n.inputs) if p is not None}
+    return "GELU" if op == "Mul" and _op(node) == "Mul" and terms & {"Erf", "Tanh"} else ""
 
 
 def _batch_norm(graph: Graph, node: gs.Node):
@@ -317,6 +339,8 @@ def _matmul(graph: Graph, node: gs.Node) -> _Linear:
     if _rank(node.inputs[weight]) != 2:
         raise _Refused(f"the weight of {where(node)} is not a matrix")
     axis = _rank(node.inputs[1 - weight]) - (1 if weight else 2)  # x W acts on the last axis, W x on the one before
+    if axis < 0:
+        raise _Refused(f"{where(node)} multiplies a vector")
     return _Linear(1 - weight, weight, None, axis, axis, bool(weight))
 
 
@@ -381,7 +405,7 @@ class _Push:
         self._step()
         node = self.graph.producer(tensor)
         if node is None:
-            raise _Refused(f"{tensor.name!r} is an input of the model", near=False)
+            raise _Refused(f"no node computes {tensor.name!r}", near=False)
         rule = _BACKWARD.get(_op(node))
         if not owned and (self.exposed(tensor) or len(_readers(tensor)) != 1):
             why = "is an output of the model" if self.exposed(tensor) else "has a second consumer"
@@ -455,9 +479,12 @@ class _Push:
         old = self.graph.constant(node.inputs[index]) if index < len(node.inputs) else None
         self.edits[id(node), index] = _Edit(node, index, value, old, model.dtype, scaled)
 
-    def check(self) -> None:
-        """Refuse values that their type cannot hold."""
+    def check(self, copy_limit: int = _COPY_LIMIT) -> None:
+        """Refuse values that their type cannot hold, and copies of shared weights of more than ``copy_limit`` bytes."""
         for edit in self.edits.values():
+            shared = edit.old is not None and len(edit.node.inputs[edit.index].outputs) > 1
+            if shared and edit.scaled and edit.value.size * edit.dtype.itemsize > copy_limit:
+                raise _Refused(f"the weight of {where(edit.node)} is shared and would have to be copied")
             with np.errstate(over="ignore"):
                 rounded = edit.value.astype(edit.dtype)
             if not np.isfinite(rounded).all():
@@ -493,7 +520,9 @@ class _Push:
         return " and ".join(dict.fromkeys(e.node.op for e in self.edits.values()))
 
 
-def _insert(graph: Graph, op: str, source: Tensor, value: np.ndarray, target: Tensor, replaces: list[gs.Node]) -> None:
+def _insert(
+    graph: Graph, op: str, source: Tensor, value: np.ndarray, target: Tensor, replaces: Sequence[gs.Node]
+) -> None:
     constant = graph.new_constant(f"{target.name}_{op.lower()}", value.astype(target.dtype))
     graph.insert(op, [source, constant], [target], replaces=replaces)
 
@@ -1077,11 +1106,10 @@ class _Sweep:
         push.commit(unit.nodes)
         source, target = unit.source, unit.target
         if rest is not None:
-            shift = rest.broadcast(_rank(source))[1]
-            _insert(self.graph, "Add", source, shift, target, list(unit.nodes))
-            _remove(unit.nodes)
+            _insert(self.graph, "Add", source, rest.broadcast(_rank(source))[1], target, unit.nodes)
+        disconnect(unit.nodes)
+        if rest is not None:
             return
-        _remove(unit.nodes)
         for reader, index in list(_edges(source)):
             reader.inputs[index] = target
         producer = source.inputs[0]
@@ -1089,8 +1117,6 @@ class _Sweep:
 
     def _fold_forward(self, node: gs.Node) -> None:
         unit = self._chain(node)
-        if (pattern := _fused_pattern(self.graph, unit.source)) is not None:
-            raise _Refused(f"it ends a {pattern}, which runtimes fuse as a whole")
         push = _Push(self.graph, self.pinned)
         try:
             push.forward(unit.target, unit.affine)
@@ -1108,7 +1134,7 @@ class _Sweep:
         push.commit(unit.nodes)
         for reader, index in list(_edges(unit.target)):
             reader.inputs[index] = unit.source
-        _remove(unit.nodes)
+        disconnect(unit.nodes)
 
     def _trailing_scales(self, unit: _Unit) -> _Unit | None:
         """The end of a chain that has no shift; None if that is all of it or nothing."""
@@ -1131,7 +1157,7 @@ class _Sweep:
         push.write(node, gamma, np.ones_like(push.read(node, gamma)), gamma)
         if push.has(node, beta):
             push.write(node, beta, np.zeros_like(push.read(node, beta)), beta)
-        push.check()
+        push.check(copy_limit=0)  # no node goes, so that a copy would only cost
         self._rewrite(f"gamma and beta into the next {absorbers}", node)
         push.commit(())
 
@@ -1147,12 +1173,12 @@ class _Sweep:
             if not all(np.isfinite(value.astype(unit.target.dtype)).all() for _, value in needed):
                 raise _Refused(f"the constants of the chain would overflow {unit.target.dtype}")
         self._rewrite(f"chain of {len(unit.nodes)} into {' and '.join(op for op, _ in needed)}", node)
-        source, target, nodes = unit.source, unit.target, list(unit.nodes)
+        source, target = unit.source, unit.target
         for op, value in needed:
             result = target if op == needed[-1][0] else self.graph.new_variable(target.name, target)
-            _insert(self.graph, op, source, value, result, nodes)
+            _insert(self.graph, op, source, value, result, unit.nodes)
             source = result
-        _remove(nodes)
+        disconnect(unit.nodes)
 
 
 def _subgraph_reads(node: gs.Node) -> Iterator[Tensor]:
@@ -1164,34 +1190,7 @@ def _subgraph_reads(node: gs.Node) -> Iterator[Tensor]:
             yield from _subgraph_reads(inner)
 
 
-def _fused_pattern(graph: Graph, tensor: Tensor) -> str | None:
-    """The multi-node form of an operation that ends with a constant factor or shift of ``tensor``, if it is one.
-
-    Taking its last constant away would hide it from the runtimes, which know it by its shape.
-    """
-    product = graph.producer(tensor)
-    if product is None or _op(product) not in ("Mul", "Div"):
-        return None
-    for operand in product.inputs:
-        inner = graph.producer(operand)
-        if inner is None:
-            continue
-        if _op(product) == "Mul" and _op(inner) == "Add":
-            ops = {_op(p) for p in map(graph.producer, inner.inputs) if p is not None}
-            if ops & {"Erf", "Tanh"}:
-                return "GELU"
-        if _op(product) == "Div" and _op(inner) == "Sqrt" and operand is product.inputs[1]:
-            return "normalisation"
-    return None
-
-
 def _is_bias(graph: Graph, node: gs.Node) -> bool:
     """True if a node is the bias of a MatMul: there is no better place for it."""
     before = [p for p in map(graph.producer, node.inputs) if p is not None]
     return node.op == "Add" and any(_op(p) == "MatMul" for p in before)
-
-
-def _remove(nodes: Sequence[gs.Node]) -> None:
-    for node in nodes:
-        node.inputs.clear()
-        node.outputs.clear()

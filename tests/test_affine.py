@@ -333,11 +333,11 @@ def test_parallel_transposed_branches_add_up(data):
 def test_sums_that_do_not_line_up_are_refused():
     c1, c3 = np.ones((2, 2, 1, 1)), np.ones((2, 2, 3, 3))
     with pytest.raises(Refusal, match="differ in stride"):
-        affine.conv(c1, strides=[2, 2]) + affine.conv(c3, pads=[1] * 4)
+        affine.add(affine.conv(c1, strides=[2, 2]), affine.conv(c3, pads=[1] * 4))
     with pytest.raises(Refusal, match="1x1 convolution and a 3x3 convolution in parallel differ in output size"):
-        affine.conv(c1) + affine.conv(c3)
+        affine.add(affine.conv(c1), affine.conv(c3))
     with pytest.raises(ValueError, match="a sum of"):
-        affine.conv(c1) + affine.identity(3, 2)
+        affine.add(affine.conv(c1), affine.identity(3, 2))
 
 
 def test_extents_that_agree_only_for_one_size_add_up_only_there():
@@ -555,6 +555,8 @@ def test_skipping_then_filling_in_is_refused_and_the_other_order_cancels():
 def test_mismatched_channels_empty_outputs_and_huge_kernels():
     with pytest.raises(ValueError, match="4 channels"):
         compose(affine.conv(K3), affine.identity(5, 2))
+    with pytest.raises(ValueError, match=r"on \(8,\)"):
+        compose(affine.conv(K1), affine.conv(K3), (8,))
     with pytest.raises(Refusal, match="empty output for an input of extent 2"):
         compose(affine.conv(K1), affine.conv(K3), (2, 8))
     with pytest.raises(ValueError, match="bias"):
@@ -566,9 +568,9 @@ def test_mismatched_channels_empty_outputs_and_huge_kernels():
     wide = affine.conv(np.ones((1 << 14, 1, 1)), group=1 << 14)
     dense = affine.conv(np.ones((1, 1 << 14, 1)))
     assert compose(dense, wide).kernel.size == 1 << 14
-    with pytest.raises(Refusal, match="merged kernel would have 65,536 elements"):
+    with pytest.raises(Refusal, match="merging would take a kernel of 65,536 elements"):
         compose(affine.conv(np.ones((4, 1 << 14, 1))), wide, limit=1 << 15)
-    with pytest.raises(Refusal, match="merged kernel would have 24 elements"):
+    with pytest.raises(Refusal, match="merging would take a kernel of 24 elements"):
         affine.add(affine.conv(np.ones((2, 2, 5)), pads=[2, 2]), affine.conv(np.ones((2, 2, 6)), pads=[3, 2]), limit=23)
 
 

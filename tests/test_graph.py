@@ -57,12 +57,14 @@ def test_round_trip_keeps_everything(tmp_path):
     assert (after.ir_version, after.producer_name, after.model_version) == (9, "someone", 7)
     assert {p.key: p.value for p in after.metadata_props} == {"author": "A. Person", "stride": "32"}
     assert after.graph.input == before.graph.input and after.graph.output == before.graph.output
-    assert {(p.key, p.value) for p in before.graph.node[0].metadata_props} <= {
-        (p.key, p.value) for p in after.graph.node[0].metadata_props
-    }
+    kept = {p.key: p.value for p in after.graph.node[0].metadata_props}
+    scopes, trace = (p for p in before.graph.node[0].metadata_props)
+    assert kept[scopes.key] == scopes.value
+    portable = trace.value.replace("/home/me/", "").replace("/lib/python3/site-packages/", "")
+    assert kept[trace.key] == portable, "where its maker lives is nobody's business"
     origin = provenance(Graph.load(tmp_path / "b.onnx").nodes[0])
     assert origin.modules == ("stem.conv",) and origin.sources == ("conv",)
-    assert origin.source_line == "/home/me/net.py:7"
+    assert origin.source_line == "net.py:7"
 
 
 def test_saving_twice_gives_identical_bytes_under_any_hash_seed(tmp_path):

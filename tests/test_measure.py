@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import gc
 import json
 import os
@@ -260,3 +262,28 @@ def test_affinity_limits_the_cores():
 )
 def test_ranges(numbers, text):
     assert measure._ranges(numbers) == text
+
+
+def test_sessions_are_the_unit_of_evidence():
+    """Two sessions of one model differ by a few percent: many calls in one pair prove nothing about the model."""
+    speeds = iter([1.0, 1.1] * 6)  # every other session of the "same" arm is 10 % slower
+    opened = []
+
+    @contextlib.contextmanager
+    def open_arms():
+        work = [int(2000 * next(speeds)) for _ in range(2)]
+        work = work if len(opened) % 2 else work[::-1]
+        opened.append(work)
+        yield {"a": lambda: sum(range(work[0])), "b": lambda: sum(range(work[1]))}
+
+    samples = measure.interleave_sessions(open_arms, "thread_cpu", sessions=6, seconds=0.6)
+    both = measure.ratio(samples["a"], samples["b"])
+    assert both.rounds == 6 and both.confidence >= 0.95
+    assert both.low < 1 < both.high, "the interval spans what the sessions showed"
+    first = {
+        name: dataclasses.replace(s, seconds=s.seconds[m], rounds=s.rounds[m], sessions=None)
+        for name, s in samples.items()
+        for m in [s.sessions == 0]
+    }
+    alone = measure.ratio(first["a"], first["b"])
+    assert alone.low > 1, "one pair alone would have claimed a difference"
