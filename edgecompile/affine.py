@@ -14,7 +14,7 @@ the entry. ``grow`` makes the exit extent a function of the entry's, which is wh
 **The theorem.** Maps of this form with the same entry, stride and extents are closed under addition (taps that
 coincide add), and under composition: taps ``s_in o_out + u_out o_in``, matrices multiply, ``s = s_in s_out``,
 ``u = u_in u_out``, ``grow = u_out grow_in + s_in grow_out`` (unless the inner map skips where the outer one fills in).
-So whatever lies between two points of a graph, if all of it is affine and translation-equivariant, is one convolution.
+So whatever lies between two points of a graph, if all of it has this form, is one convolution, but for the padding.
 
 **The padding subtlety.** Composition is exact only if the formula of the inner map holds wherever the outer map reads.
 Outside the intermediate tensor the outer map reads zero, but the formula gives the inner bias there, and values of the

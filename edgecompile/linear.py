@@ -428,7 +428,9 @@ def _split(graph: Graph, node: gs.Node, output: Tensor, axis: int) -> Step:
 
 def _slice(graph: Graph, node: gs.Node, output: Tensor, axis: int) -> Step:
     _require(graph, node, (1, 2, 3, 4))
-    starts, ends, axes, steps = (None if (v := _weight(graph, node, i)) is None else v.astype(int) for i in (1, 2, 3, 4))
+    starts, ends, axes, steps = (
+        None if (v := _weight(graph, node, i)) is None else v.astype(int) for i in (1, 2, 3, 4)
+    )
     rank = len(output.shape or ())
     if starts is None or ends is None or [a % rank for a in (range(len(starts)) if axes is None else axes)] != [axis]:
         raise Refusal("it cuts another axis than the channels")
@@ -537,7 +539,7 @@ class Plan:
         return tensor
 
 
-def plan(made: Path, opset: int) -> Plan:
+def plan(made: Path) -> Plan:
     """Nodes that compute a path.
 
     Raises:
@@ -609,5 +611,5 @@ def _matrix(made: Path, shape: list, dtype: np.dtype) -> list[_New]:
     inputs = (None, np.ascontiguousarray(weight.T)) if last else (weight, None)
     nodes = [_New("MatMul", inputs, {}, out, size(out) * made.map.channels)]
     if bias is not None:
-        nodes.append(_New("Add", (bias if last else bias[:, None], None), {}, out))
+        nodes.append(_New("Add", (None, bias if last else bias[:, None]), {}, out))
     return nodes

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 PASSES = {
     "clean": "edgecompile.passes.clean:Clean",
     "fold_norm": "edgecompile.passes.fold_norm:FoldNorm",
+    "reparam": "edgecompile.passes.reparam:Reparam",
 }
 TARGETS = {
     "ort": "edgecompile.targets.ort:OrtTarget",

@@ -121,7 +121,7 @@ def speedup(value: Ratio) -> tuple[str, str]:
     """Speed over speed, the reciprocal of a ratio of times, and what is known of it: ``95 % interval 1.39–1.45×``."""
     speed = f"{1 / value.value:.2f}×"
     if value.confidence < CONFIDENCE:
-        return speed, "too few rounds for an interval"
+        return speed, "too few pairs for an interval"
     return speed, f"95 % interval {1 / value.high:.2f}–{1 / value.low:.2f}×"
 
 
@@ -216,8 +216,8 @@ def how(latency: Latency) -> str:
     """How the latency was measured, in one sentence."""
     threads = f", {plural(latency.threads, 'thread')}" if latency.threads else ""
     calls = f"{plural(latency.engine.calls, 'call')} of the engine and {latency.plain.calls:,} of the plain export"
-    rounds = f"{plural(latency.ratio.rounds, 'round')} in random order"
-    return f"Measured interleaved in one run, {rounds}: {latency.clock_name} per call{threads}, {calls}."
+    pairs = f"{plural(latency.ratio.rounds, 'pair')} of fresh sessions"
+    return f"Measured interleaved in one run, {pairs}: {latency.clock_name} per call{threads}, {calls}."
 
 
 def timed_after(report: Report) -> list[tuple[float, Ratio] | None]:

@@ -485,14 +485,14 @@ class ModuleTime:
 
 
 def home(layer: LayerTime) -> str:
-    """The innermost module that holds everything a layer executes; ``""`` if unknown."""
+    """The innermost module that holds everything a layer executes, or the first of several; ``""`` if unknown."""
     paths = [m.split(".") for m in layer.modules if m]
     common: list[str] = []
     for names in zip(*paths, strict=False):
         if len(set(names)) > 1:
             break
         common.append(names[0])
-    return ".".join(common)
+    return ".".join(common or (paths[0] if paths else ()))
 
 
 def by_module(layers: Sequence[LayerTime]) -> list[ModuleTime]:

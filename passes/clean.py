@@ -67,14 +67,13 @@ class Clean(Pass):
 # -- operators that do nothing: the index of the input that the output equals, or None --------------------------------
 
 
-def _equal(a: TensorType, b: TensorType, *, free: int = 0) -> bool:
-    """Whether two shapes are proved equal; ``free`` of the dimensions may differ, the element count being kept."""
+def _equal(a: TensorType, b: TensorType, *, reshaped: bool = False) -> bool:
+    """Whether two shapes are proved equal; of a reshaped tensor all but one dimension prove the last."""
     if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
         return False
-    known = [d for d, e in zip(a.shape, b.shape, strict=True) if d is not None and d == e]
-    return len(a.shape) - len(known) <= free and (
-        len(known) == len(a.shape) or all(isinstance(d, int) and d for d in known)
-    )
+    open_ = [e for d, e in zip(a.shape, b.shape, strict=True) if d is None or d != e]
+    counted = all(isinstance(e, int) and e for e in b.shape if e is not None)
+    return not open_ or (reshaped and len(open_) == 1 and not isinstance(open_[0], int) and counted)
 
 
 def _neutral(element: float, *sides: int) -> Callable[[View], int | None]:
@@ -122,7 +121,7 @@ def _where(view: View) -> int | None:
 
 
 _alone = _if(lambda v: len(v.node.inputs) == 1)
-_keeps_shape = _if(lambda v: _equal(v.types[0], v.outputs[0], free=1))
+_keeps_shape = _if(lambda v: _equal(v.types[0], v.outputs[0], reshaped=True))
 
 _NOTHING: dict[str, Callable[[View], int | None]] = {
     "Identity": lambda _: 0,
@@ -199,8 +198,11 @@ class _Sweep:
                 view.outputs = outputs
             if self.drop(view, produced):
                 return
+        if any([self.settle(tensor, node) for tensor in node.inputs]) and view.proto is not None:
+            view.values = self.facts.view(node).values  # large ones are known only now
+            if self.drop(view, produced):
+                return
         for index, tensor in enumerate(node.inputs):
-            self.settle(tensor, node)
             if main and isinstance(tensor, gs.Constant):
                 node.inputs[index] = self.share(tensor, node)
         if view.proto is not None:
@@ -217,11 +219,11 @@ class _Sweep:
             for tensor, value in found:
                 self.become_constant(tensor, value)
 
-    def settle(self, tensor: Tensor, reader: gs.Node | None = None) -> None:
-        """Make an initializer of a constant, now that something not constant reads it."""
+    def settle(self, tensor: Tensor, reader: gs.Node | None = None) -> bool:
+        """Make an initializer of a constant, now that something not constant reads it; True if that was done."""
         known = self.facts.known.get(id(tensor))
         if known is None or not known.constant or isinstance(tensor, gs.Constant) or id(tensor) in self.refused:
-            return
+            return False
         node, size = tensor.inputs[0], known.type.nbytes
         try:
             nodes, basis = self.facts.subtree(node)
@@ -233,9 +235,9 @@ class _Sweep:
         except Unfoldable as error:
             self.refused.add(id(tensor))
             self.note(f"{node.op} not folded: {error}", node)
-            return
+            return False
         if not self.rewrite(f"fold {len(nodes)} node{'s' * (len(nodes) > 1)} into {tensor.name}", node):
-            return
+            return False
         self.room -= size
         if id(tensor) in self.returned:
             self.stand_in(self.graph.new_constant(tensor.name, value), tensor, nodes)
@@ -243,6 +245,7 @@ class _Sweep:
             self.become_constant(tensor, value)
         if reader is not None:
             self.graph.absorb(reader, nodes)
+        return True
 
     def become_constant(self, tensor: Tensor, value: np.ndarray) -> None:
         """Turn a computed tensor into an initializer, in place: everything that reads it goes on reading it."""

@@ -525,6 +525,23 @@ def test_only_channels_that_are_read_count():
     assert_same(merged.affine, x, merged(x))
     with pytest.raises(Refusal, match="bias"):
         then(inner, then(select_layer([1, 2], 4, 2), padded_conv))
+    # Nor do border values of channels that it does not read.
+    half = then(select_layer([2, 3], 4, 2), conv_layer(values(RNG, 2, 2, 3, 3), pads=SAME), embed_layer([2, 3], 4, 2))
+    inner = parallel(half, then(select_layer([0, 1], 4, 2), embed_layer([0, 1], 4, 2)))
+    merged = then(inner, clear)
+    assert_same(merged.affine, x, merged(x))
+    with pytest.raises(Refusal, match="border"):
+        then(inner, then(select_layer([1, 2], 4, 2), padded_conv))
+
+
+def test_a_gap_between_up_sampled_elements_may_lie_in_the_padding():
+    """A transposed convolution cropped by two: just outside is a gap, two further the first element."""
+    weight, x = values(RNG, 2, 2, 1), values(RNG, 2, 6)
+    up = transpose_layer(weight, strides=[2], pads=[2, 0])
+    merged = then(up, conv_layer(values(RNG, 2, 2, 2), pads=[1, 0]))
+    assert_same(merged.affine, x, merged(x))
+    with pytest.raises(Refusal, match="border"):
+        then(up, conv_layer(values(RNG, 2, 2, 3), pads=[2, 0]))
 
 
 def test_a_bias_that_differs_by_phase_is_refused():
@@ -540,7 +557,7 @@ def test_a_bias_that_differs_by_phase_is_refused():
 
 
 def test_skipping_then_filling_in_is_refused_and_the_other_order_cancels():
-    up, down = transpose_layer(values(RNG, 2, 2, 4), strides=[2]), conv_layer(values(RNG, 2, 2, 1), strides=[2])
+    up, down = transpose_layer(values(RNG, 2, 2, 3), strides=[2]), conv_layer(values(RNG, 2, 2, 1), strides=[2])
     with pytest.raises(Refusal, match="fills in what a 1 stride-2 convolution before it skipped"):
         then(down, up)
     merged = then(up, down)
@@ -732,6 +749,7 @@ def test_grouped_refinements_stay_as_fine_as_they_can():
     assert mixed.groups == 1
     back = compose(affine.permute(np.argsort(shuffle), 1), affine.permute(shuffle, 1))
     assert back.is_identity and not affine.permute(shuffle, 1).is_identity
+    assert not any(affine.scale(v, w).is_identity for v, w in ((np.zeros(2), None), (np.ones(2), np.ones(2))))
     # A depthwise multiplier, and a split of which a quarter is convolved.
     assert affine.conv(values(rng, 24, 1, 3), group=12).groups == 12
     part = compose(affine.embed(range(3), c, 1), affine.conv(values(rng, 3, 3, 3), pads=[1, 1]))

@@ -432,7 +432,7 @@ def _ratio(low: float, high: float, confidence: float = 0.96) -> Report:
         (_ratio(0.60, 0.80), "good", "1.44× as fast"),
         (_ratio(0.98, 1.03), "info", "as far as this run can tell"),
         (_ratio(1.10, 1.21), "warn", "Slower than the plain export: 0.87× its speed"),
-        (_ratio(0.60, 0.80, 0.90), "info", "too few rounds for an interval"),
+        (_ratio(0.60, 0.80, 0.90), "info", "too few pairs for an interval"),
         (full(latency=None), "info", "Latency was not measured."),
     ],
 )
@@ -490,7 +490,7 @@ def _layer(*modules: str, op: str = "Conv", us: float = 1.0) -> LayerTime:
 @pytest.mark.parametrize(
     ("modules", "home"),
     [((), ""), (("",), ""), (("a.b.c",), "a.b.c"), (("a.b.c", "a.b.d"), "a.b"), (("a.bc", "a.bd"), "a"),
-     (("a", "b"), ""), (("a.b", "a.b.c"), "a.b")],
+     (("a", "b"), "a"), (("a.b", "a.b.c"), "a.b")],
 )  # fmt: skip
 def test_a_fused_layer_lives_in_the_module_that_holds_all_of_it(modules: tuple[str, ...], home: str):
     assert report.home(_layer(*modules)) == home
@@ -712,7 +712,7 @@ def test_markdown_has_whole_tables(made: Report):
 def test_markdown_tells_the_facts():
     text = render_text.markdown(full())
     for fact in ("| `clean` | kept, 71 rewrites | 571 |", "−46.6 %", "rolled back", "| `logits` | 3.5e-5 | 3.1e-6 |",
-                 "100 rounds in random order: thread CPU time per call, 1 thread, 1,300 calls",
+                 "100 pairs of fresh sessions: thread CPU time per call, 1 thread, 1,300 calls",
                  "`model.py:42 Could not guard", "left alone: its output is also read by", "onnx 1.23.0"):  # fmt: skip
         assert fact in text
     assert "Not measured." in render_text.markdown(empty())

@@ -722,12 +722,30 @@ REFUSED: dict[str, tuple[str, str, dict[str, np.ndarray], str, dict]] = {
     "GELU in parts": (
         "d = Div(x, two) e = Erf(d) a = Add(e, one) m = Mul(x, a) h = Mul(m, half) y = MatMul(h, w)", "y",
         {"two": np.float32(2**0.5), "one": np.float32(1), "half": np.float32(0.5), "w": normal(6, 6)},
-        "it ends a GELU, which runtimes fuse as a whole", {},
+        "it is part of a GELU, which runtimes fuse as a whole", {},
     ),
-    "RMS normalisation in parts": (
-        "q = Mul(x, x) m = ReduceMean(q, axes) e = Add(m, eps) r = Sqrt(e) d = Div(x, r) g = Mul(d, s) y = MatMul(g, w)",
-        "y", {"axes": np.array([-1]), "eps": np.float32(1e-5), "s": normal(6), "w": normal(6, 6)},
-        "it ends a normalisation, which runtimes fuse as a whole", {},
+    "layer norm in parts": (
+        "m = ReduceMean(x, axes) c = Sub(x, m) q = Mul(c, c) v = ReduceMean(q, axes) e = Add(v, eps) r = Sqrt(e) "
+        "d = Div(c, r) g = Mul(d, s) h = Add(g, s) k = MatMul(h, w) y = Add(k, b)", "y",
+        {"axes": np.array([-1]), "eps": np.float32(1e-5), "s": normal(6), "w": normal(6, 6), "b": normal(6)},
+        "it is part of a normalisation, which runtimes fuse as a whole", {},
+    ),
+    "nothing gained": (
+        "r = Relu(x) a = Add(r, s) y = MatMul(a, w)", "y", {"s": normal(6), "w": normal(6, 3)},
+        "has no bias to take the shift", {},
+    ),
+    "norm before a shared weight": (
+        "n = LayerNormalization<axis=-1>(x, g) y = MatMul(n, w) r = Relu(x) z = MatMul(r, w)", "y z",
+        {"g": normal(6), "w": normal(6, 3)}, "the weight of y (MatMul) is shared and would have to be copied", {},
+    ),
+    "large shared weight": (
+        "m = MatMul(x, w) t = Mul(m, s) y = Relu(t) r = Relu(x) z = MatMul(r, w)", "y z",
+        {"s": normal(1), "w": np.ones((6, 700_000), np.float32)},
+        "the weight of m (MatMul) is shared and would have to be copied", {"inputs": "float[1,6] x"},
+    ),
+    "vector times matrix": (
+        "r = Relu(x) t = Add(r, s) y = MatMul(w, t)", "y", {"s": normal(1), "w": normal(3, 6)},
+        "multiplies a vector", {"inputs": "float[6] x"},
     ),
     "read in a branch": (
         f"c = Conv(x, w) n = BatchNormalization(c, {BN}) k = ReduceMax<keepdims=0>(n) p = Cast<to=9>(k) "
