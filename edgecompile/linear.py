@@ -206,11 +206,14 @@ def _same(tensor: Tensor) -> tuple[int, ...]:
     return tuple(range(len(tensor.shape or ())))
 
 
+def _given(graph: Graph, node: gs.Node, index: int) -> np.ndarray | None:
+    """A constant input; None if it is not given."""
+    return graph.constant(node.inputs[index]) if len(node.inputs) > index else None
+
+
 def _weight(graph: Graph, node: gs.Node, index: int) -> np.ndarray | None:
     """A constant input in float64; None if it is not given."""
-    if len(node.inputs) <= index or (isinstance(node.inputs[index], gs.Variable) and not node.inputs[index].name):
-        return None
-    value = graph.constant(node.inputs[index])
+    value = _given(graph, node, index)
     return None if value is None else value.astype(np.float64)
 
 
@@ -304,15 +307,14 @@ def _pad(graph: Graph, node: gs.Node, output: Tensor, axis: int) -> Step:
     if mode != "constant":
         raise Refusal(f"{mode} padding is not zero padding")
     _require(graph, node, (1, 2, 3))
-    value, amounts = _weight(graph, node, 2), _weight(graph, node, 1)
+    value, amounts, axes = (_given(graph, node, i) for i in (2, 1, 3))
     if amounts is None:
         raise Refusal("its amounts are attributes of an old opset")
     if value is not None and value.any():
         raise Refusal("its padding is not zero")
     rank = len(output.shape or ())
-    axes = _weight(graph, node, 3)
     per_axis = np.zeros((2, rank), int)
-    per_axis[:, list(range(rank)) if axes is None else axes.astype(int)] = amounts.astype(int).reshape(2, -1)
+    per_axis[:, list(range(rank)) if axes is None else axes] = amounts.reshape(2, -1)
     if per_axis[:, :2].any():
         raise Refusal("it pads the channels")
     begin, end = per_axis[:, 2:].tolist()
@@ -428,9 +430,7 @@ def _split(graph: Graph, node: gs.Node, output: Tensor, axis: int) -> Step:
 
 def _slice(graph: Graph, node: gs.Node, output: Tensor, axis: int) -> Step:
     _require(graph, node, (1, 2, 3, 4))
-    starts, ends, axes, steps = (
-        None if (v := _weight(graph, node, i)) is None else v.astype(int) for i in (1, 2, 3, 4)
-    )
+    starts, ends, axes, steps = (_given(graph, node, i) for i in (1, 2, 3, 4))
     rank = len(output.shape or ())
     if starts is None or ends is None or [a % rank for a in (range(len(starts)) if axes is None else axes)] != [axis]:
         raise Refusal("it cuts another axis than the channels")

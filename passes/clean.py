@@ -198,7 +198,8 @@ class _Sweep:
                 view.outputs = outputs
             if self.drop(view, produced):
                 return
-        if any([self.settle(tensor, node) for tensor in node.inputs]) and view.proto is not None:
+        settled = [self.settle(tensor, node) for tensor in node.inputs]
+        if any(settled) and view.proto is not None:
             view.values = self.facts.view(node).values  # large ones are known only now
             if self.drop(view, produced):
                 return

@@ -228,7 +228,7 @@ def _affine_node(graph: Graph, node: gs.Node) -> _Unit | None:
 
 def _per_axis(op: str, constant: np.ndarray | None, first: bool, shape: Sequence[Dim] | None):
     """Axis, scale and shift of an elementwise node, or None if it varies along two axes or broadcasts its input."""
-    if constant is None or constant.dtype.kind != "f" or (shape is None and constant.ndim):
+    if constant is None or (shape is None and constant.ndim):
         return None
     rank = len(shape or ())
     varied = [i - constant.ndim + rank for i, n in enumerate(constant.shape) if n != 1]

@@ -10,8 +10,8 @@ them gains anything:
 - *sums* ``f_1(x) + ... + f_n(x) + y = (f_1 + ... + f_n)(x) + y``, where the identity is one of the maps: the terms of a
   maximal tree of additions that start at the same tensor become one term. A concatenation on the channels is the sum of
   its parts, each embedded;
-- *partly affine layers* ``y = L(h)``, ``h = P f(u) + Q u``, ``u = M(x)``, ``f`` elementwise and ``P``, ``Q`` maps on the
-  channels: a constant mask (Where or Mul), or Split and Concat. If ``L P`` reads the channels ``A`` only::
+- *partly affine layers* ``y = L(h)``, ``h = P f(u) + Q u``, ``u = M(x)``, ``f`` elementwise and ``P``, ``Q`` maps on
+  the channels: a constant mask (Where or Mul), or Split and Concat. If ``L P`` reads the channels ``A`` only::
 
       y = (L P)_A f(M_A x) + (L Q M) x
 
@@ -151,7 +151,7 @@ class _Rewriter:
         return sum(bool(t.outputs) or id(t) in self.outputs or id(t) in self.pinned for t in node.outputs) > 1
 
     def steps(self, tensor: Tensor, axis: int, shared: bool = False) -> tuple[Step, ...]:
-        """The affine steps that lead to a tensor, its own first; the rest is read by nothing else (unless ``shared``)."""
+        """The affine steps that lead to a tensor, its own first; unless ``shared``, only one node reads the others."""
         found: list[Step] = []
         while len(found) < _DEPTH:
             node = self.graph.producer(tensor)
@@ -222,41 +222,42 @@ class _Rewriter:
             if _heavy(node) and _heavy(before):
                 self.skip(f"{where(before)} has a second consumer", node)
             return None
-        steps = self.steps(exit, self.axis([exit]))
+        axis = self.axis([exit])
+        steps = self.steps(exit, axis)
         if len(steps) < 2:
             return None
         best: tuple[int, Plan, Sequence[Step]] | None = None
         made: Path | None = None
         old, why = 0, ""
-        budget = sum(linear.cost(s.node) for s in steps)
+        limit = self.limit(sum(linear.cost(s.node) for s in steps), exit, axis)
         for count, step in enumerate(steps, 1):
             one = Path(step.entry, step.axis, step.order, step.build())
             try:
-                made = one if made is None else one.then(made, self.limit(budget, exit))
+                made = one if made is None else one.then(made, limit)
                 old += 0 if self.live(step.node) else linear.cost(step.node)
                 if count < 2:
                     continue
                 plan = linear.plan(made)
             except Refusal as refusal:
-                why = str(refusal)
+                why = f"{_chain(steps[:count])}: {refusal}"
                 break
             if old - plan.cost > (best[0] if best else 0):
                 best = old - plan.cost, plan, steps[:count]
-            elif best is None:
-                why = _dearer(plan.cost, old)
+            elif sum(s.node.op in _STRUCTURAL for s in steps[:count]) > 1:
+                why = f"{_chain(steps[:count])}: {_dearer(plan.cost, old)}"
         if best is None:
-            if why and any(_heavy(s.node) for s in steps):
-                self.skip(f"{_chain(steps)}: {why}", node)
+            if why:
+                self.skip(why, node)
             return None
         _, plan, steps = best
         gone = self.removed(steps)
         self.begin(f"{_chain(steps)} -> {_product(plan)}{_change(gone, plan.macs)}", node)
         return self.replace(exit, plan.insert(self.graph, exit.name, gone), gone)
 
-    def limit(self, budget: int, exit: Tensor) -> int:
+    def limit(self, budget: int, exit: Tensor, axis: int) -> int:
         """Elements of a kernel that would cost twice the budget, in multiply-accumulates, to apply."""
-        positions = max(1, linear.size(exit.shape) // max(linear.size((exit.shape or [1, 1])[1:2]), 1))
-        return int(min(LIMIT, max(1 << 14, 2 * budget / positions)))
+        positions = max(1, linear.size(exit.shape) // max(1, linear.channels(exit, axis)))
+        return min(LIMIT, max(1 << 14, 2 * budget // positions))
 
     # -- sums --------------------------------------------------------------------------------------------------------
 
@@ -311,7 +312,7 @@ class _Rewriter:
         what = " + ".join(_chain(t.steps) for t in best.terms)
         self.begin(f"{what} -> {_product(best.plan)}{_change(gone, best.plan.macs)}", root)
         total = best.plan.insert(self.graph, exit.name, gone + adds)
-        for constant, sign in constants if best.path.map.bias is None else self.kept(constants, exit, axis):
+        for constant, sign in self.kept(constants, exit, axis):
             total = self.add(total, constant, exit, adds, "Add" if sign > 0 else "Sub")
         for term in left:
             total = self.add(total, term.tensor, exit, adds, "Add" if term.sign > 0 else "Sub")
@@ -334,7 +335,7 @@ class _Rewriter:
         """The cheapest way found to merge terms of one entry; None if none gains."""
         addition = linear.PER_ELEMENT * linear.size(exit.shape) + linear.PER_NODE
         old = {id(t): sum(map(linear.cost, self.removed(t.steps))) for t in group}
-        limit = self.limit(sum(old.values()) + addition, exit)
+        limit = self.limit(sum(old.values()) + addition, exit, axis)
         paths: list[tuple[_Term, Path]] = []
         for term in group[:_TERMS]:
             try:
@@ -379,7 +380,7 @@ class _Rewriter:
             tensor, obstacle = term.entry, ""
             for _ in range(_DEPTH):
                 node = self.graph.producer(tensor)
-                source = None if node is None else next((t for t in node.inputs if self.graph.constant(t) is None), None)
+                source = next((t for t in (node.inputs if node else ()) if self.graph.constant(t) is None), None)
                 if node is None or source is None:
                     break
                 if not obstacle:
@@ -397,7 +398,7 @@ class _Rewriter:
     def concat(self, node: gs.Node) -> Tensor | None:
         """Merge neighbouring parts of a concatenation on the channels that start at the same tensor."""
         exit = node.outputs[0]
-        parts = [t for t in node.inputs]
+        parts = list(node.inputs)
         if exit.shape is None or len(parts) < 2 or any(self.graph.constant(t) is not None for t in parts):
             return None
         axis = node.attrs["axis"] % len(exit.shape)
@@ -419,7 +420,7 @@ class _Rewriter:
             first = 0
             try:
                 for term, size in zip(run, sizes, strict=True):
-                    path = term.path(axis, self.limit(old, exit))
+                    path = term.path(axis, self.limit(old, exit, axis))
                     part = affine.embed(range(first, first + size), sum(sizes))
                     one = path.then(Path(term.tensor, axis, tuple(range(len(exit.shape))), part))
                     made, first = one if made is None else made.plus(one), first + size
@@ -428,8 +429,9 @@ class _Rewriter:
             except Refusal as refusal:
                 self.skip(str(refusal), node)
                 continue
-            if plan.cost >= old:
-                if any(_heavy(s.node) for t in run for s in t.steps):
+            heavy = any(_heavy(n) for n in gone)
+            if plan.cost >= old or (plan.nodes and not heavy):  # a Gather is no better than Slices and a Concat
+                if heavy:
                     self.skip(_dearer(plan.cost, old), node)
                 continue
             what = " | ".join(_chain(t.steps) for t in run)
@@ -442,6 +444,20 @@ class _Rewriter:
                 merged.dtype, merged.shape = exit.dtype, exit.shape
             return self.replace(exit, merged, [*gone, node])
         return None
+
+    # -- choices -----------------------------------------------------------------------------------------------------
+
+    def where(self, node: gs.Node) -> Tensor | None:
+        """Drop a Where whose mask always chooses the same operand."""
+        mask, exit = self.graph.constant(node.inputs[0]), node.outputs[0]
+        if mask is None or not mask.size or (mask != mask.flat[0]).any():
+            return None
+        chosen = node.inputs[1 if mask.flat[0] else 2]
+        known = exit.shape is not None and all(isinstance(n, int) or i == 0 for i, n in enumerate(exit.shape))
+        if not known or list(chosen.shape or ()) != list(exit.shape or ()):
+            return None
+        self.begin("Where -> identity", node)
+        return self.replace(exit, chosen, [node])
 
     # -- partly affine layers ----------------------------------------------------------------------------------------
 
@@ -482,8 +498,8 @@ class _Rewriter:
         for old in parts.function:
             inputs = [made.get(id(t), t) for t in old.inputs]
             new = self.graph.insert(old.op, inputs, attrs=dict(old.attrs), replaces=[old], domain=old.domain)
-            result, shape = old.outputs[0], list(old.outputs[0].shape or ())
-            shape[parts.axis] = parts.active
+            result = old.outputs[0]
+            shape = [parts.active if i == parts.axis else n for i, n in enumerate(result.shape or ())]
             new.outputs[0].dtype, new.outputs[0].shape = result.dtype, shape
             made[id(result)] = new.outputs[0]
         return made[id(parts.function[-1].outputs[0])]
@@ -512,7 +528,7 @@ class _Rewriter:
         """Ways to split a layer; one per tensor from which its affine part may start."""
         h, axis = layer[-1].entry, layer[-1].axis
         pieces = self.pieces(h, axis)
-        if len(pieces) != 2:
+        if len(pieces) != 2 or not all(m.kernel.any() for _, m in pieces):
             return
         joint = self.flatten(self.graph.producer(h))[2] if self.is_sum(self.graph.producer(h)) else [h.inputs[0]]  # type: ignore[arg-type]
         order = tuple(range(len(h.shape or ())))
@@ -548,8 +564,6 @@ class _Rewriter:
         columns = np.unique(active.map.inputs[active.map.kernel.any(0)])
         columns = columns[columns >= 0]
         size = linear.channels(root, axis)
-        if len(columns) == linear.channels(q, axis) == size:
-            return
         out = None
         if len(columns):
             narrow = Path(active.entry, axis, order, affine.embed(columns, active.map.channels)).then(active)
@@ -580,10 +594,10 @@ class _Rewriter:
                     return
                 region[id(step.node)] = step.node
             planned = None if chosen is None else linear.plan(chosen)
-            total = len(columns) + len(np.unique(still.map.inputs)) if False else size
             yield _Parts(
                 tuple(region.values()), function if len(columns) else (), root, axis, len(columns),
-                total - len(columns), planned, out, linear.plan(still), linear.size(layer[0].node.outputs[0].shape),
+                int(embed_q.kernel.any((0, 2)).sum()), size, planned, out, linear.plan(still),
+                linear.size(layer[0].node.outputs[0].shape),
             )  # fmt: skip
 
     def closed(self, region: dict[int, gs.Node], u: Tensor, last: gs.Node) -> bool:
@@ -636,6 +650,7 @@ class _Parts:
         function: the elementwise nodes among them, from ``root`` on.
         root, axis: the input of the function and its channel axis.
         active, still: number of channels that pass the function, and of the others.
+        width: channels of ``root``.
         into, out: plans of the maps before and after the function; None if no channel passes it.
         idle: plan of the affine part.
         elements: of the result.
@@ -647,6 +662,7 @@ class _Parts:
     axis: int
     active: int
     still: int
+    width: int
     into: Plan | None
     out: Plan | None
     idle: Plan
@@ -657,7 +673,7 @@ class _Parts:
         """What the nodes that go cost more than those that come."""
         new = self.idle.cost
         if self.into is not None and self.out is not None:
-            share = self.active / (self.active + self.still)
+            share = self.active / self.width
             new += self.into.cost + self.out.cost + linear.PER_ELEMENT * self.elements + linear.PER_NODE
             new += round(sum((linear.cost(n) - linear.PER_NODE) * share + linear.PER_NODE for n in self.function))
         return sum(map(linear.cost, self.gone)) - new
@@ -683,6 +699,7 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
         (_Rewriter.sequence,),
     ),
     "Concat": (_Rewriter.concat,),
+    "Where": (_Rewriter.where,),
 }
 
 

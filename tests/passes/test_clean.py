@@ -1,4 +1,4 @@
-"""The pass clean: every rule with a twin where it must not fire, bombs, both exporters, the corpus of onnx.backend.test."""
+"""The pass clean: each rule with a twin where it must not fire, bombs, both exporters, the node tests of ONNX."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANDOM = {"Bernoulli", "RandomUniformLike", "RandomNormalLike", "RandomNormal", 
 
 
 def graph_of(text: str, opset: int = 17, **weights: np.ndarray) -> Graph:
-    """A graph in ONNX's textual syntax, ``(float[N,4] x) => (float[N,4] y) { y = Relu(x) }``, and large initializers."""
+    """A graph from ONNX's textual syntax, ``(float[4] x) => (float[4] y) { y = Relu (x) }``, and large initializers."""
     model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : {opset}, "other" : 1]> g {text}')
     model.graph.initializer.extend(numpy_helper.from_array(v, n) for n, v in weights.items())
     return Graph.from_proto(model)
@@ -54,7 +54,9 @@ def assert_same(before: dict[str, np.ndarray], after: dict[str, np.ndarray], tol
             assert (got == want).all(), name
         else:
             wide = np.float64 if want.dtype.kind in "fV" else want.dtype
-            np.testing.assert_allclose(got.astype(wide), want.astype(wide), rtol=tolerance, atol=tolerance, err_msg=name)
+            np.testing.assert_allclose(
+                got.astype(wide), want.astype(wide), rtol=tolerance, atol=tolerance, err_msg=name
+            )
 
 
 def clean(graph: Graph, feeds: list | None = None, tolerance: float = 1e-6, **options) -> PassResult:
@@ -78,7 +80,7 @@ def constant_output(graph: Graph, name: str) -> np.ndarray:
     return value
 
 
-# -- identities ---------------------------------------------------------------------------------------------------------
+# -- identities -------------------------------------------------------------------------------------------------------
 
 # What is between Relu and Neg, the opset, and whether it goes.
 IDENTITIES = [
@@ -144,12 +146,14 @@ IDENTITIES = [
     ("u = Unsqueeze (r, axis)  z = Reshape (u, same)", 17, True),
     ("u = Unsqueeze <axes = [0]> (r)  z = Reshape (u, same)", 11, True),
 ]
-CONSTANTS = """<float zero = {0}, float one = {1}, float half = {0.5}, float[4] zeros = {0,0,0,0}, float[4] almost = {0,0,0,1},
-    float[1,1,4] tall = {0,0,0,0}, bool no = {0}, bool[1] yes = {1}, bool[4] mixed = {1,0,1,1},
+CONSTANTS = """<float zero = {0}, float one = {1}, float half = {0.5}, float[4] zeros = {0,0,0,0},
+    float[4] almost = {0,0,0,1}, float[1,1,4] tall = {0,0,0,0}, bool no = {0}, bool[1] yes = {1},
+    bool[4] mixed = {1,0,1,1},
     int64[2] same = {3,4}, int64[2] rest = {-1,4}, int64[2] copied = {0,4}, int64[1] flat = {12}, int64[2] ones = {1,1},
     int64[3] taller = {2,1,1}, int64[2] twice = {2,1}, int64[1] start = {0}, int64[1] far = {9223372036854775807},
     int64[1] three = {3}, int64[1] four = {4}, int64[1] axis = {1}, int64[1] rows = {0}, int64[1] step = {1},
-    int64[1] last = {-1}, int64[1] before = {-9}, int64[1] back = {-1}, int64[4] nopads = {0,0,0,0}, int64[4] pads = {0,1,0,2}>"""
+    int64[1] last = {-1}, int64[1] before = {-9}, int64[1] back = {-1}, int64[4] nopads = {0,0,0,0},
+    int64[4] pads = {0,1,0,2}>"""
 
 
 @pytest.mark.parametrize(("text", "opset", "goes"), IDENTITIES, ids=[t for t, _, _ in IDENTITIES])
@@ -190,13 +194,18 @@ def test_identities_with_an_unknown_batch(text, goes):
 
 def test_dropout_of_old_opsets():
     for is_test, goes in ((1, True), (0, False)):
-        graph = graph_of(f"(float[3] x) => (float[3] y) {{ r = Relu (x) z = Dropout <is_test = {is_test}> (r) y = Neg (z) }}", 6)
+        graph = graph_of(
+            f"(float[3] x) => (float[3] y) {{ r = Relu (x) z = Dropout <is_test = {is_test}> (r) y = Neg (z) }}", 6
+        )
         run(graph)
         assert ("Dropout" not in ops(graph)) == goes
 
 
 def test_dropout_that_trains_or_whose_mask_is_read_stays():
-    training = "(float[4] x) => (float[4] y) <float half = {0.5}, bool yes = {1}> { r = Relu (x) d = Dropout (r, half, yes) y = Neg (d) }"
+    training = (
+        "(float[4] x) => (float[4] y) <float half = {0.5}, bool yes = {1}> { r"
+        " = Relu (x) d = Dropout (r, half, yes) y = Neg (d) }"
+    )
     graph = graph_of(training)
     run(graph)
     assert "Dropout" in ops(graph)
@@ -206,7 +215,10 @@ def test_dropout_that_trains_or_whose_mask_is_read_stays():
 
 
 def test_nan_and_infinity_pass_through_identities():
-    graph = graph_of("(float[4] x) => (float[4] y) <float one = {1}, float zero = {0}> { a = Mul (x, one) b = Sub (a, zero) y = Neg (b) }")
+    graph = graph_of(
+        "(float[4] x) => (float[4] y) <float one = {1}, float zero = {0}> {"
+        " a = Mul (x, one) b = Sub (a, zero) y = Neg (b) }"
+    )
     x = np.array([np.nan, -np.inf, -0.0, 1e-45], np.float32)
     clean(graph, feeds=[{"x": x}])
     assert ops(graph) == ["Neg"]
@@ -214,7 +226,10 @@ def test_nan_and_infinity_pass_through_identities():
 
 
 def test_integers_have_the_same_identities():
-    graph = graph_of("(int32[4] x) => (int32[4] y) <int32 one = {1}, int32 zero = {0}> { a = Div (x, one) b = Add (zero, a) y = Abs (b) }")
+    graph = graph_of(
+        "(int32[4] x) => (int32[4] y) <int32 one = {1}, int32 zero = {0}> {"
+        " a = Div (x, one) b = Add (zero, a) y = Abs (b) }"
+    )
     clean(graph)
     assert ops(graph) == ["Abs"]
 
@@ -229,7 +244,10 @@ def test_compositions_of_transposes():
 
 
 def test_transposes_of_unknown_rank_are_left():
-    graph = graph_of("(float[2,3] x, int64[K] s) => (float[6] y) <int64[1] m = {-1}> { a = Reshape (x, s) b = Transpose (a) c = Transpose (b) y = Reshape (c, m) }")
+    graph = graph_of(
+        "(float[2,3] x, int64[K] s) => (float[6] y) <int64[1] m = {-1}> { a = Reshape (x,"
+        " s) b = Transpose (a) c = Transpose (b) y = Reshape (c, m) }"
+    )
     clean(graph, feeds=[{"x": np.ones((2, 3), np.float32), "s": np.array([3, 1, 2])}])
     assert ops(graph).count("Transpose") == 2
 
@@ -252,7 +270,7 @@ def test_reshape_that_copies_a_dimension_is_not_composed():
     assert ops(graph) == ["Relu", "Reshape", "Reshape", "Neg"]
 
 
-# -- what the caller sees -------------------------------------------------------------------------------------------------
+# -- what the caller sees ---------------------------------------------------------------------------------------------
 
 
 def test_the_name_of_an_output_moves_to_its_producer():
@@ -296,13 +314,18 @@ def test_a_constant_that_is_output_and_operand():
 
 
 def test_equal_outputs_stay_two():
-    graph = graph_of("(float[4] x) => (float[4] a, float[4] b, float[4] c) { a = Relu (x) b = Relu (x) r = Relu (x) c = Neg (r) }")
+    graph = graph_of(
+        "(float[4] x) => (float[4] a, float[4] b, float[4] c) { a = Relu (x) b = Relu (x) r = Relu (x) c = Neg (r) }"
+    )
     clean(graph)
     assert sorted(ops(graph)) == ["Identity", "Neg", "Relu"]
 
 
 def test_outputs_that_are_inputs_initializers_or_constant_nodes():
-    graph = graph_of("(float[1] x) => (float[1] x, float[1] w, float[1] c) <float[1] w = {1}> { c = Constant <value = float[1] {2}> () }")
+    graph = graph_of(
+        "(float[1] x) => (float[1] x, float[1] w, float[1] c) <float[1] w ="
+        " {1}> { c = Constant <value = float[1] {2}> () }"
+    )
     clean(graph)
     assert ops(graph) == ["Constant"]
 
@@ -319,7 +342,7 @@ def test_an_empty_optional_input_stays_empty():
     assert [t.name for t in graph.nodes[0].inputs] == ["x", "", "m"]
 
 
-# -- folding --------------------------------------------------------------------------------------------------------------
+# -- folding ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_subgraph_folds_into_one_initializer():
@@ -349,9 +372,10 @@ def test_the_reader_inherits_the_provenance_of_what_folds():
 
 
 WEIGHTS = """<float[2,2] m = {1,-2,3,0.5}, float scalar = {2}, float[1,2] line = {5,6}, int64[1,2] where = {1,0},
-    int64[2,1] rows = {1,0}, int64[1,1] column = {1}, float[1,1] updates = {7}, float[1] one_update = {9}, float[2] two_ones = {1,1},
-    int64[1] axis = {1}, int64[1] flat = {4}, int64[2] shape = {2,2}, int64[2] two = {2,1}, int64 i0 = {0}, int64 i1 = {1},
-    int64 i2 = {2}, int64 i4 = {4}, int64[1] v1 = {1}, int64[1] v3 = {3}, int64[4] pads = {0,1,0,1}, float[2] values = {1,2}>"""
+    int64[2,1] rows = {1,0}, int64[1,1] column = {1}, float[1,1] updates = {7}, float[1] one_update = {9},
+    int64[1] axis = {1}, int64[1] flat = {4}, int64[2] shape = {2,2}, int64[2] two = {2,1}, int64 i0 = {0},
+    int64 i1 = {1}, int64 i2 = {2}, int64 i4 = {4}, int64[1] v1 = {1}, int64[1] v3 = {3}, int64[4] pads = {0,1,0,1},
+    float[2] values = {1,2}>"""
 
 
 @pytest.mark.parametrize(
@@ -387,7 +411,8 @@ def test_weight_subgraphs_fold(text):
 def test_what_must_not_fold():
     graph = graph_of(
         "(float[2] x) => (float[2] y) <float[2] w = {1,2}, float s = {0.1}, int8 z = {0}, int8[2] q = {1,2}>"
-        " { a = RandomNormalLike (w) b = QuantizeLinear (w, s, z) c = DequantizeLinear (b, s, z) d = DequantizeLinear (q, s, z)"
+        " { a = RandomNormalLike (w) b = QuantizeLinear (w, s, z) c ="
+        " DequantizeLinear (b, s, z) d = DequantizeLinear (q, s, z)"
         " e = Bernoulli (s) f = RandomUniform <shape = [2]> () y = Sum (x, a, c, d, e, f) }"
     )
     kept = sorted(ops(graph))
@@ -450,7 +475,9 @@ def test_types_numpy_lacks_are_left():
 def test_bfloat16_and_float16_fold():
     for dtype, number in ((ml_dtypes.bfloat16, TensorProto.BFLOAT16), (np.float16, TensorProto.FLOAT16)):
         graph = graph_of(
-            f"(float[1,2] x) => (float[1,2] y) {{ t = Transpose (w) a = Add (t, t) b = Cast <to = {number}> (x) c = Cast <to = 1> (a) d = Cast <to = 1> (b) y = Mul (d, c) }}",
+            f"(float[1,2] x) => (float[1,2] y)"
+            f" {{ t = Transpose (w) a = Add (t, t) b = Cast <to = {number}> (x)"
+            " c = Cast <to = 1> (a) d = Cast <to = 1> (b) y = Mul (d, c) }",
             w=np.array([[1], [2]], dtype),
         )
         clean(graph)
@@ -466,11 +493,12 @@ def test_empty_tensors_fold():
     assert ops(graph) == ["Concat"] and graph.constants()["f"].shape == (2, 0)
 
 
-# -- shapes ---------------------------------------------------------------------------------------------------------------
+# -- shapes -----------------------------------------------------------------------------------------------------------
 
 
+CASTS = ["Shape", "Cast", "Gather", "Cast"]
 SHAPES = """<int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[1] v0 = {0}, int64[1] v1 = {1}, int64[1] v2 = {2},
-    int64[1] v3 = {3}, int64[1] v4 = {4}, int64[1] v9 = {9}, int64[3] keep = {0,12,1}, int64[4] fours = {4,4,4,4}>"""
+    int64[1] v3 = {3}, int64[1] v4 = {4}, int64[1] v9 = {9}, int64[1] v12 = {12}, int64[3] keep = {0,12,1}, int64[4] fours = {4,4,4,4}>"""
 
 
 @pytest.mark.parametrize(
@@ -484,11 +512,11 @@ SHAPES = """<int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[1] v0 = {0}, 
         ("k = Shape <start = -2, end = 3> (x)", "[K]", []),
         ("k = Shape <end = 1> (x)", "[K]", ["Shape"]),
         ("k = Size (x)", "", ["Size"]),
-        ("s = Shape (x) a = Gather (s, v1) b = Gather (s, v2) c = Concat <axis = 0> (a, b) k = ReduceProd (c)", "[K]", []),
+        ("s = Shape (x) a = Gather (s, v1) b = Gather (s, v2) k = Concat <axis = 0> (a, b)", "[K]", []),
         ("s = Shape (x) a, b, c = Split <axis = 0> (s) k = Add (b, c)", "[K]", []),
         ("s = Shape (x) t = Cast <to = 7> (s) u = Unsqueeze (t, v0) k = Gather <axis = 1> (u, i2)", "[K]", []),
         # a type that cannot hold the mark of an unknown dimension
-        ("s = Shape (x) f = Cast <to = 6> (s) g = Cast <to = 7> (f) k = Gather (g, i1)", "", ["Shape", "Cast", "Cast", "Gather"]),
+        ("s = Shape (x) f = Cast <to = 6> (s) g = Gather (f, i1) k = Cast <to = 7> (g)", "", CASTS),
         # an unknown dimension as an index, not as data
         ("s = Shape <end = 1> (x) k = Slice (fours, s, v9)", "[K]", ["Shape", "Slice"]),
         ("s = Shape <end = 1> (x) k = Gather (fours, s)", "[K]", ["Shape", "Gather"]),
@@ -496,7 +524,7 @@ SHAPES = """<int64 i0 = {0}, int64 i1 = {1}, int64 i2 = {2}, int64[1] v0 = {0}, 
         ("t = Transpose <perm = [1,2,0]> (x) s = Shape (t) k = Gather (s, i0)", "", []),
         ("t = Transpose <perm = [1,2,0]> (x) s = Shape (t) k = Gather (s, i2)", "", ["Transpose", "Shape", "Gather"]),
         ("r = Reshape (x, keep) s = Shape (r) k = Gather (s, i1)", "", []),
-        ("s = Shape (x) a = Gather (s, v0) b = Concat <axis = 0> (a, v3, v4) r = Reshape (x, b) t = Shape (r) k = Gather (t, i2)", "", []),
+        ("s = Shape <end = 1> (x) b = Concat <axis = 0> (s, v12) r = Reshape (x, b) k = Shape <start = 1> (r)", "[K]", []),
         ("s = Shape (x) z = ConstantOfShape (s) t = Shape (z) k = Gather (t, i2)", "", []),
         ("s = Shape (x) z = Expand (x, s) t = Shape (z) k = Gather (t, i2)", "", []),
         ("z = NonZero (x) s = Shape (z) k = Gather (s, i0)", "", []),
@@ -532,13 +560,15 @@ def test_recorded_shapes_of_intermediate_tensors_are_not_believed():
 
 def test_a_dimension_of_zero_is_not_believed():
     """Some exporters write 0 for an unknown dimension."""
-    model = parser.parse_model('<ir_version: 8, opset_import: ["" : 17]> g (float[0,4] x) => (int64[2] y) { y = Shape (x) }')
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[0,4] x) => (int64[2] y) { y = Shape (x) }'
+    )
     graph = Graph.from_proto(model)
     run(graph)
     assert ops(graph) == ["Shape"]
 
 
-# -- equal nodes and constants --------------------------------------------------------------------------------------------
+# -- equal nodes and constants ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -568,7 +598,9 @@ def test_equal_nodes_merge(a, b, merged):
 
 
 def test_equal_nodes_with_several_outputs():
-    text = "(float[4] x) => (float[2] y) { a, b = Split <axis = 0> (x) c, d = Split <axis = 0> (x) y = Sum (a, b, c, d) }"
+    text = (
+        "(float[4] x) => (float[2] y) { a, b = Split <axis = 0> (x) c, d = Split <axis = 0> (x) y = Sum (a, b, c, d) }"
+    )
     graph = graph_of(text)
     clean(graph)
     assert ops(graph) == ["Split", "Sum"]
@@ -608,41 +640,46 @@ def test_initializers_of_other_types_or_shapes_are_not_equal():
     assert len(graph.constants()) == 2
 
 
-# -- budgets --------------------------------------------------------------------------------------------------------------
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
 
 def doubling(times: int) -> str:
-    return " ".join(f"c{i + 1} = Concat <axis = 0> ({f'c{i}' if i else 'one'}, {f'c{i}' if i else 'one'})" for i in range(times))
+    return " ".join(
+        f"c{i + 1} = Concat <axis = 0> ({f'c{i}' if i else 'one'}, {f'c{i}' if i else 'one'})" for i in range(times)
+    )
 
 
-BOMBS = {
-    "ConstantOfShape": "k = ConstantOfShape (huge)",
-    "Expand": "k = Expand (one, huge)",
-    "Tile": "k = Tile (one, huge)",
-    "Range": "k = Range (zero, limit, step)",
-    "Range of tiny steps": "k = Range (fzero, fone, tiny)",
-    "Pad": "k = Pad (one, pads)",
-    "OneHot": "k = OneHot (index, depth, values)",
-    "Resize": "k = Resize (line, , scales)",
-    "ReduceSum of a huge tensor": "h = ConstantOfShape (huge) k = ReduceSum (h)",
-    "an overflowing Tile": "r = Concat <axis = 0> (huge, huge) t = Expand (one, row) k = Tile (t, r)",
-    "HannWindow": "k = HannWindow (limit)",
-    "EyeLike": "e = Expand (one, square) k = EyeLike (e)",
-    "a Concat doubled 24 times": doubling(24) + " v = Abs (x) k = Add (c24, v)",
-    "the sum of a Concat doubled 40 times": doubling(40) + " k = ReduceSum (c40)",
-    "a MatMul of 12000 x 12000": "k = MatMul (column, row12000)",
-}
+BOMBS = [  # the operator that stays, and what computes k
+    ("ConstantOfShape", "k = ConstantOfShape (huge)"),
+    ("ConstantOfShape", "h = ConstantOfShape (huge) k = ReduceSum (h)"),
+    ("Expand", "k = Expand (one, huge)"),
+    ("Tile", "k = Tile (one, huge)"),
+    ("Tile", "r = Concat <axis = 0> (huge, huge) t = Expand (one, row) k = Tile (t, r)"),  # 2^80 elements
+    ("Range", "k = Range (zero, limit, step)"),
+    ("Range", "k = Range (fzero, fone, tiny)"),
+    ("Pad", "k = Pad (one, pads)"),
+    ("OneHot", "k = OneHot (index, depth, values)"),
+    ("Resize", "k = Resize (line, , scales)"),
+    ("HannWindow", "k = HannWindow (limit)"),
+    ("EyeLike", "e = Expand (one, square) k = EyeLike (e)"),
+    ("Concat", doubling(24) + " v = Abs (x) k = Add (c24, v)"),
+    ("Concat", doubling(40) + " k = ReduceSum (c40)"),
+    ("MatMul", "k = MatMul (column, row12000)"),
+]
 
 
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs_are_refused_fast_and_in_little_memory(bomb):
+@pytest.mark.parametrize(("op", "text"), BOMBS)
+def test_bombs_are_refused_fast_and_in_little_memory(op, text):
     graph = graph_of(
-        f"""(float[1] x) => (float y) <int64[1] huge = {{1099511627776}}, int64 limit = {{1099511627776}}, int64 zero = {{0}},
-        int64 step = {{1}}, float fzero = {{0}}, float fone = {{1}}, float tiny = {{1e-12}}, float[1] one = {{1}},
-        int64[2] pads = {{0,1099511627776}}, int64[1] index = {{0}}, int64 depth = {{1099511627776}}, float[2] values = {{0,1}},
-        float[1,1,1] line = {{1}}, float[3] scales = {{1,1,1e12}}, int64[2] row = {{1,1}}, int64[2] square = {{1000000,10000}}>
-        {{ {BOMBS[bomb]} y = ReduceSum <keepdims = 0> (k) }}""",
-        column=np.ones((12000, 1), np.float32), row12000=np.ones((1, 12000), np.float32),
-    )  # fmt: skip
+        f"""(float[1] x) => (float y) <int64[1] huge = {{1099511627776}}, int64 limit = {{1099511627776}},
+        int64 zero = {{0}}, int64 step = {{1}}, float fzero = {{0}}, float fone = {{1}}, float tiny = {{1e-12}},
+        float[1] one = {{1}}, int64[2] pads = {{0,1099511627776}}, int64[1] index = {{0}}, int64 depth = {{1099511627776}},
+        float[2] values = {{0,1}}, float[1,1,1] line = {{1}}, float[3] scales = {{1,1,1e12}}, int64[2] row = {{1,1}},
+        int64[2] square = {{1000000,10000}}>
+        {{ {text} y = ReduceSum <keepdims = 0> (k) }}""",
+        column=np.ones((12000, 1), np.float32),
+        row12000=np.ones((1, 12000), np.float32),
+    )
     before = Counter(ops(graph))
     tracemalloc.start()
     start = time.perf_counter()
@@ -651,14 +688,11 @@ def test_bombs_are_refused_fast_and_in_little_memory(bomb):
     tracemalloc.stop()
     assert seconds < 2 and peak < 2 << 20
     assert result.notes and graph.weight_bytes() < 1 << 18
-    (op,) = {"ConstantOfShape", "Expand", "Tile", "Range", "Pad", "OneHot", "Resize", "HannWindow", "EyeLike", "Concat", "MatMul"} & {
-        w.strip(",") for w in bomb.split()
-    } - ({"Range"} if "ReduceSum" in bomb else set()) or {"ConstantOfShape"}
     assert Counter(ops(graph))[op] == before[op]
 
 
 def test_products_are_refused_by_their_work():
-    square = np.zeros((900, 900), np.float32)
+    square = np.eye(900, dtype=np.float32)
     text = "(float[900,900] x) => (float[900,900] y) { a = MatMul (p, q) y = Add (x, a) }"
     graph = graph_of(text, p=square, q=square + 1)
     assert "operations" in str(run(graph, work=10**8).notes[0])
@@ -669,7 +703,8 @@ def test_products_are_refused_by_their_work():
 
 def test_work_is_counted_over_all_folds():
     graph = graph_of(
-        "(float[300,300] x) => (float[300,300] y) { n = Neg (p) a = MatMul (p, p) b = MatMul (p, n) y = Sum (x, a, b) }",
+        "(float[300,300] x) => (float[300,300] y) { n = Neg (p) a = MatMul"
+        " (p, p) b = MatMul (p, n) y = Sum (x, a, b) }",
         p=np.zeros((300, 300), np.float32),
     )
     run(graph, work=4 * 10**7)  # one product takes 2.7e7
@@ -677,7 +712,7 @@ def test_work_is_counted_over_all_folds():
 
 
 def test_fold_limit():
-    weight = np.zeros((1000, 100), np.float32)  # 0.38 MiB
+    weight = np.ones((1000, 100), np.float32)  # 0.38 MiB
     text = "(float[100,1000] x) => (float[100,1000] y) { t = Transpose (w) y = Add (x, t) }"
     graph = graph_of(text, w=weight)
     (note,) = run(graph, fold_limit=100_000).notes
@@ -708,7 +743,8 @@ def test_growth_is_counted_from_the_initializers_not_from_step_to_step():
     assert len(graph.nodes) == 4
     # what grows on the way and is small again at the end folds
     graph = graph_of(
-        f"(float[1,9000] x) => (float[1,9000] y) <int64[2] s = {{3,9000}}, int64[1] a = {{0}}> {{ {chain} h = ReduceSum (g, a) y = Add (x, h) }}",
+        f"(float[1,9000] x) => (float[1,9000] y) <int64[2] s = {{3,9000}}, int64[1] a ="
+        f" {{0}}> {{ {chain} h = ReduceSum (g, a) y = Add (x, h) }}",
         w=np.ones((1, 9000), np.float32),
     )
     clean(graph)
@@ -716,7 +752,10 @@ def test_growth_is_counted_from_the_initializers_not_from_step_to_step():
 
 
 def test_small_results_may_grow():
-    graph = graph_of("(float[100,100] x) => (float[100,100] y) <float w = {2}, int64[2] s = {100,100}> { e = Expand (w, s) y = Mul (x, e) }")
+    graph = graph_of(
+        "(float[100,100] x) => (float[100,100] y) <float w = {2}, int64[2] s"
+        " = {100,100}> { e = Expand (w, s) y = Mul (x, e) }"
+    )
     clean(graph)
     assert ops(graph) == ["Mul"]
 
@@ -724,7 +763,10 @@ def test_small_results_may_grow():
 def test_all_folds_together_may_not_outgrow_the_model():
     """A hundred results, each within its own bounds, of one small initializer."""
     weight = np.ones((1, 20000), np.float32)
-    body = "".join(f" c{i} = Add (w, v{i}) e{i} = Concat <axis = 0> (c{i}, c{i}, c{i}) a{i + 1} = Add (a{i}, e{i})" for i in range(40))
+    body = "".join(
+        f" c{i} = Add (w, v{i}) e{i} = Concat <axis = 0> (c{i}, c{i}, c{i}) a{i + 1} = Add (a{i}, e{i})"
+        for i in range(40)
+    )
     values = {f"v{i}": np.full(1, i, np.float32) for i in range(40)}
     graph = graph_of(f"(float[3,20000] a0) => (float[3,20000] y) {{ {body} y = Relu (a40) }}", w=weight, **values)
     result = run(graph, fold_limit=1 << 20)
@@ -749,8 +791,15 @@ def test_intermediate_tensors_together_are_bounded():
 def test_large_initializers_are_neither_copied_nor_hashed(tmp_path):
     rng = np.random.default_rng(0)
     weights = {f"w{i}": rng.standard_normal((512, 1024)).astype(np.float32) for i in range(8)}
-    body = "".join(f" u{i} = Unsqueeze (w{i}, zero) s{i} = Squeeze (u{i}, zero) z{i} = Add (s{i}, nil) a{i + 1} = Add (a{i}, w{i})" for i in range(8))
-    graph = graph_of(f"(float[512,1024] a0) => (float[512,1024] y) <int64[1] zero = {{0}}, float nil = {{0}}> {{ {body} y = Relu (a8) }}", **weights)
+    body = "".join(
+        f" u{i} = Unsqueeze (w{i}, zero) s{i} = Squeeze (u{i}, zero) z{i} = Add (s{i}, nil) a{i + 1} = Add (a{i}, w{i})"
+        for i in range(8)
+    )
+    graph = graph_of(
+        f"(float[512,1024] a0) => (float[512,1024] y) <int64[1] zero ="
+        f" {{0}}, float nil = {{0}}> {{ {body} y = Relu (a8) }}",
+        **weights,
+    )
     graph.save(tmp_path / "m.onnx", external=True)
     graph = Graph.load(tmp_path / "m.onnx")
     tracemalloc.start()
@@ -758,10 +807,23 @@ def test_large_initializers_are_neither_copied_nor_hashed(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1 << 20 and graph.weight_bytes() >= 16 << 20
-    assert all(isinstance(v.base, np.memmap) or isinstance(v, np.memmap) for v in graph.constants().values() if v.nbytes > 1 << 20)
+    assert all(
+        isinstance(v.base, np.memmap) or isinstance(v, np.memmap)
+        for v in graph.constants().values()
+        if v.nbytes > 1 << 20
+    )
 
 
-# -- bodies of If, Loop and Scan ------------------------------------------------------------------------------------------
+def test_a_large_constant_that_turns_out_neutral():
+    """What is too large to compute on suspicion is looked at once it is folded."""
+    graph = graph_of(
+        "(float[200,200] x) => (float[200,200] y) { n = Sub (w, w) a = Add (x, n) y = Relu (a) }",
+        w=np.ones((200, 200), np.float32),
+    )
+    assert whats(clean(graph)) == ["fold 1 node into n", "drop Add"]
+
+
+# -- bodies of If, Loop and Scan --------------------------------------------------------------------------------------
 
 
 def test_bodies_are_cleaned():
@@ -770,7 +832,8 @@ def test_bodies_are_cleaned():
             k = Exp (w)
             r = Relu (x)
             y = If (c) <
-                then_branch = a () => (float[2] t) { m = Mul (w, k) p = Identity (r) q = Mul (p, m) d = Exp (q) u = Mul (q, one) t = Identity (u) },
+                then_branch = a () => (float[2] t) {
+                    m = Mul (w, k) p = Identity (r) q = Mul (p, m) d = Exp (q) u = Mul (q, one) t = Identity (u) },
                 else_branch = b () => (float[2] e) { e = Exp (w) }
             >
         }"""
@@ -788,7 +851,8 @@ def test_loop_bodies_do_not_know_their_shapes():
         """(float[1] x) => (float[N] y) <int64 n = {3}, bool yes = {1}, int64[1] axis = {0}> {
             y = Loop (n, yes, x) <
                 body = b (int64 i, bool c, float[1] v) => (bool d, float[M] w) {
-                    d = Identity (c) s = Shape (v) f = Cast <to = 1> (s) g = Add (v, f) h = Identity (v) w = Concat <axis = 0> (g, h) }
+                    d = Identity (c) s = Shape (v) f = Cast <to = 1> (s) g = Add (v, f)
+                    h = Identity (v) w = Concat <axis = 0> (g, h) }
             >
         }"""
     )
@@ -819,7 +883,7 @@ def test_an_outer_constant_that_only_a_body_reads():
     assert ops(graph) == ["If"]
 
 
-# -- the contract of a pass -----------------------------------------------------------------------------------------------
+# -- the contract of a pass -------------------------------------------------------------------------------------------
 
 
 def busy() -> Graph:
@@ -880,23 +944,398 @@ def test_rewrites_do_not_depend_on_ids():
     assert [str(r) for r in run(busy()).rewrites] == [str(r) for r in run(busy()).rewrites]
 
 
-@pytest.mark.parametrize(
-    ("name", "body", "last"),
-    [
-        ("identities", lambda i: f"t{i + 1} = Identity (t{i})", 1),
-        ("shapes", lambda i: f"s{i} = Shape (t{i}) g{i} = Gather (s{i}, one) f{i} = Cast <to = 1> (g{i}) t{i + 1} = Mul (t{i}, f{i})", None),
-        ("a chain of constants", lambda i: f"c{i + 1} = Neg (c{i}) t{i + 1} = Relu (t{i})" if i else "c1 = Neg (w) t1 = Relu (t0)", None),
-        ("equal readers", lambda i: f"e{i} = Exp (t0) t{i + 1} = Add (t{i}, e{i})", None),
-    ],
-)  # fmt: skip
-def test_time_is_linear(name, body, last):
+STEPS = {
+    "identities": "t{1} = Identity (t{0})",
+    "shapes": "s{0} = Shape (t{0}) g{0} = Gather (s{0}, one) f{0} = Cast <to = 1> (g{0}) t{1} = Mul (t{0}, f{0})",
+    "a chain of constants": "c{1} = Neg (c{0}) t{1} = Add (t{0}, c{1})",
+    "one constant with many readers": "e{0} = Mul (c0, c0) t{1} = Add (t{0}, e{0})",
+    "equal nodes": "e{0} = Exp (t0) t{1} = Add (t{0}, e{0})",
+}
+
+
+@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+def test_time_is_linear(step):
     def seconds(count: int) -> float:
-        text = " ".join(body(i) for i in range(count))
-        graph = graph_of(f"(float[N,4] t0) => (float[N,4] y) <int64 one = {{1}}, float[4] w = {{1,2,3,4}}> {{ {text} y = Neg (t{count}) }}")
+        body = " ".join(step.format(i, i + 1) for i in range(count))
+        constants = "<int64 one = {1}, float[4] c0 = {1,2,3,4}>"
+        graph = graph_of(f"(float[N,4] t0) => (float[N,4] y) {constants} {{ {body} y = Neg (t{count}) }}")
         start = time.process_time()
         run(graph)
         return time.process_time() - start
 
     seconds(100)
-    small, large = min(seconds(500) for _ in range(3)), seconds(4000)
-    assert large < 24 * small + 0.5, f"{name}: 8 times the nodes took {large / small:.0f} times as long"
+    small, large = min(seconds(400) for _ in range(3)), seconds(3200)
+    assert large < 24 * small, f"8 times the nodes took {large / small:.0f} times as long"
+
+
+# -- what the exporters of torch leave behind -------------------------------------------------------------------------
+
+
+def export(module, inputs: tuple, dynamo: bool, dynamic: bool = False) -> Graph:
+    """The graph of a module, from either exporter, without its own folding."""
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("onnxscript")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if dynamo:
+            shapes = tuple({0: torch.export.Dim("batch")} for _ in inputs) if dynamic else None
+            program = torch.onnx.export(
+                module, inputs, dynamo=True, verbose=False, dynamic_shapes=shapes, optimize=False
+            )
+            return Graph.from_proto(program.model_proto)
+        buffer = io.BytesIO()
+        names = [f"x{i}" for i in range(len(inputs))]
+        axes = {n: {0: "batch"} for n in names} if dynamic else None
+        torch.onnx.export(
+            module, inputs, buffer, dynamo=False, do_constant_folding=False, input_names=names, dynamic_axes=axes,
+            training=torch.onnx.TrainingMode.PRESERVE,
+        )  # fmt: skip
+        return Graph.from_proto(onnx.load_from_string(buffer.getvalue()))
+
+
+def modules() -> dict:
+    torch = pytest.importorskip("torch")
+    nn, functional = torch.nn, torch.nn.functional
+
+    class DifferenceConv(nn.Module):
+        """Weights built by index assignment, summed, then one convolution: the shape of DEConv."""
+
+        def __init__(self):
+            super().__init__()
+            self.plain, self.centre = nn.Conv2d(4, 6, 3, padding=1), nn.Conv2d(4, 6, 3, padding=1)
+            self.row = nn.Conv1d(4, 6, 3)
+
+        def forward(self, x):
+            centre = self.centre.weight.reshape(6, 4, 9).clone()
+            centre[:, :, 4] = centre[:, :, 4] - centre.sum(2)
+            row = torch.zeros(6, 4, 9)
+            row[:, :, [0, 3, 6]] = self.row.weight
+            row[:, :, [2, 5, 8]] = -self.row.weight
+            flipped = self.plain.weight.reshape(6, 4, 9)[:, :, [3, 0, 1, 6, 4, 2, 7, 8, 5]]
+            weight = self.plain.weight + (centre + row - flipped).reshape(6, 4, 3, 3)
+            return functional.conv2d(x, weight, self.plain.bias + self.centre.bias, padding=1)
+
+    class MaskedFeedForward(nn.Module):
+        """A nonlinearity on some channels only, by a mask made of index assignment: the shape of RePaViT."""
+
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x):
+            u = self.up(x)
+            mask = torch.zeros(u.shape[1:], dtype=torch.bool)
+            mask[:, :12] = True
+            return self.down(torch.where(mask, functional.gelu(u), u)) + x
+
+    class Windows(nn.Module):
+        """Reshapes whose sizes are computed from the input's, the batch being unknown."""
+
+        def forward(self, x):
+            b, c, h, w = x.shape
+            y = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, c * 4)
+            y = y * (c * h) ** -0.5
+            return y.view(b, (h // 2) * (w // 2), c * 4).transpose(1, 2).transpose(1, 2)[:, :, : c * 2]
+
+    return {
+        "difference": (DifferenceConv(), (torch.randn(2, 4, 7, 7),), {"Conv"}),
+        "mask": (MaskedFeedForward(), (torch.randn(2, 5, 8),), {"MatMul", "Add", "Gelu", "Erf", "Mul", "Div", "Where"}),
+        "windows": (
+            Windows(),
+            (torch.randn(2, 3, 4, 6),),
+            {"Reshape", "Transpose", "Mul", "Slice", "Shape", "Gather", "Concat", "Squeeze", "Unsqueeze"},
+        ),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "torchscript"])
+@pytest.mark.parametrize("name", ["difference", "mask", "windows"])
+def test_exported_modules(name, dynamo):
+    module, inputs, expected = modules()[name]
+    graph = export(module.eval(), inputs, dynamo, dynamic=name == "windows")
+    before = len(graph.nodes)
+    feeds = [{t.name: x.numpy() for t, x in zip(graph.inputs, inputs, strict=True)}]
+    clean(graph, feeds=feeds, tolerance=1e-5)
+    assert set(ops(graph)) <= expected, Counter(ops(graph))
+    assert before > 1.5 * len(graph.nodes)
+    outputs = oracle.run(graph, feeds[0])
+    (result,) = outputs.values()
+    np.testing.assert_allclose(result, module(*inputs).detach().numpy(), rtol=1e-4, atol=1e-5)
+
+
+# -- random graphs ----------------------------------------------------------------------------------------------------
+
+
+def random_model(seed: int) -> onnx.ModelProto:
+    """A model with constant subgraphs, no-ops, duplicates, compositions and shape arithmetic in random order.
+
+    All tensors are float; ``x`` is ``[N, 4, 6]``, N being 3 when run.
+    """
+    rng = np.random.default_rng(seed)
+    nodes: list[onnx.NodeProto] = []
+    weights: dict[str, np.ndarray] = {}
+
+    def node(op: str, *inputs: str, outputs: int = 1, **attrs) -> str:
+        names = [f"t{len(nodes)}" if i == 0 else f"t{len(nodes)}_{i}" for i in range(outputs)]
+        nodes.append(helper.make_node(op, list(inputs), names, **attrs))
+        return names[0]
+
+    def const(values: np.ndarray | list, as_node: bool | None = None) -> str:
+        array = np.asarray(values)
+        if as_node if as_node is not None else rng.random() < 0.4:
+            return node("Constant", value=numpy_helper.from_array(array))
+        weights[f"w{len(weights)}"] = array
+        return f"w{len(weights) - 1}"
+
+    def ints(*values: int) -> str:
+        return const(np.array(values, np.int64))
+
+    def constant(shape: tuple[int, ...], depth: int) -> str:
+        """A constant expression of a shape; a coarse grid of values, so that some are equal or neutral."""
+        if depth <= 0 or rng.random() < 0.2:
+            return const(
+                rng.integers(0, 3, shape).astype(np.float32)
+                if rng.random() < 0.7
+                else np.full(shape, rng.integers(0, 2), np.float32)
+            )
+        kind = rng.integers(0, 9)
+        if kind == 0:
+            return node(
+                str(rng.choice(["Add", "Mul", "Sub", "Max"])),
+                constant(shape, depth - 1),
+                constant(shape[-1:], depth - 2),
+            )
+        if kind == 1:
+            return node("Transpose", constant(shape[::-1], depth - 1))
+        if kind == 2:
+            return node("Reshape", constant((int(np.prod(shape)),), depth - 1), ints(*shape))
+        if kind == 3:
+            return node("Expand", constant((1,) * len(shape), depth - 1), ints(*shape))
+        if kind == 4:
+            return node(
+                "ConstantOfShape",
+                node("Shape", constant(shape, depth - 1)),
+                value=numpy_helper.from_array(np.array([2], np.float32)),
+            )
+        if kind == 5:
+            return node(
+                "Where",
+                node("Greater", constant(shape, depth - 2), const(np.float32(1))),
+                constant(shape, depth - 1),
+                const(np.float32(0)),
+            )
+        if kind == 6:
+            index = [[int(rng.integers(0, d)) for d in shape]]
+            return node(
+                "ScatterND", constant(shape, depth - 1), const(np.array(index, np.int64)), const(np.ones(1, np.float32))
+            )
+        if kind == 7:
+            return (
+                node(
+                    "Concat",
+                    constant((shape[0] - 1, *shape[1:]), depth - 1),
+                    constant((1, *shape[1:]), depth - 2),
+                    axis=0,
+                )
+                if shape[0] > 1
+                else constant(shape, 0)
+            )
+        return node("Slice", constant((shape[0] + 1, *shape[1:]), depth - 1), ints(1), ints(99), ints(0))
+
+    live: list[tuple[str, tuple[int, ...]]] = [("x", (4, 6))]  # name, dimensions after the batch
+    for _ in range(int(rng.integers(8, 22))):
+        name, shape = live[int(rng.integers(0, len(live)))]
+        kind = rng.integers(0, 16)
+        if kind <= 1:
+            name = node(str(rng.choice(["Relu", "Neg", "Sigmoid", "Abs"])), name)
+        elif kind <= 3:
+            name = node(
+                str(rng.choice(["Add", "Mul", "Sub"])), name, constant(shape if rng.random() < 0.5 else shape[-1:], 3)
+            )
+        elif kind == 4:
+            name = node(str(rng.choice(["Add", "Mul"])), constant((1,), 1), name)
+        elif kind == 5:
+            name = node(str(rng.choice(["Identity", "Dropout", "Sum", "Max"])), name)
+        elif kind == 6:
+            name = node("Cast", name, to=TensorProto.FLOAT)
+        elif kind == 7:
+            name, shape = node("Transpose", name, perm=[0, 2, 1]), shape[::-1]
+        elif kind == 8:
+            batch = node("Gather", node("Shape", name), ints(0))
+            flat = node("Reshape", name, node("Concat", batch, ints(shape[0] * shape[1]), axis=0))
+            name = node("Reshape", flat, ints(-1, *shape[::-1]))
+            shape = shape[::-1]
+        elif kind == 9:
+            size = node("Gather", node("Shape", name), const(np.array(1, np.int64)))
+            name = node("Mul", name, node("Cast", size, to=TensorProto.FLOAT))
+        elif kind == 10 and shape[0] < 20:
+            name, shape = node("Concat", name, name, axis=1), (2 * shape[0], shape[1])
+        elif kind == 11 and shape[0] > 1:
+            half = node("Div", node("Gather", node("Shape", name), ints(1)), ints(2))
+            name, shape = node("Slice", name, ints(0), half, ints(1)), (shape[0] // 2, shape[1])
+        elif kind == 12:
+            name = node("MatMul", name, constant((shape[1], 5), 3))
+            shape = (shape[0], 5)
+        elif kind == 13:
+            name = node("Where", node("Greater", constant(shape, 2), const(np.float32(0))), name, constant((1,), 1))
+        elif kind == 14:
+            name = node("Unsqueeze", name, ints(1))
+            name = node("Squeeze", name, ints(1))
+        else:
+            other = [n for n, s in live if s == shape]
+            name = node("Add", name, other[int(rng.integers(0, len(other)))])
+        live.append((name, shape))
+    picked = {live[-1][0], *(live[int(rng.integers(0, len(live)))][0] for _ in range(2))} - {"x"}
+    outputs = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", None, None]) for n in sorted(picked)]
+    if rng.random() < 0.5:
+        outputs.append(helper.make_tensor_value_info(constant((2, 3), 3), TensorProto.FLOAT, [2, 3]))
+    known = {name for n in nodes for name in n.output}
+    outputs = [o for o in outputs if o.name in known]
+    graph = helper.make_graph(
+        nodes, "g", [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, 6])], outputs,
+        [numpy_helper.from_array(v, n) for n, v in weights.items()],
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def check_random(seed: int, tmp_path) -> int:
+    model = random_model(seed)
+    graph = Graph.from_proto(model)
+    if not graph.outputs:
+        return 0
+    feeds = [{"x": np.random.default_rng(seed).standard_normal((3, 4, 6)).astype(np.float32)}]
+    result = clean(graph, feeds=feeds, tolerance=1e-4)
+    graph.save(tmp_path / "m.onnx")
+    loaded = Graph.load(tmp_path / "m.onnx")
+    assert_same(oracle.run(graph, feeds[0]), oracle.run(loaded, feeds[0]), 0)
+    return len(result.rewrites)
+
+
+@pytest.mark.parametrize("block", range(4))
+def test_random_graphs(block, tmp_path):
+    rewrites = [check_random(seed, tmp_path) for seed in range(block * 25, block * 25 + 25)]
+    assert sum(map(bool, rewrites)) > 20
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", range(20))
+def test_many_random_graphs(block, tmp_path):
+    for seed in range(1000 + block * 100, 1100 + block * 100):
+        check_random(seed, tmp_path)
+
+
+# -- the node tests of ONNX -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list:
+    """Cases of onnx.backend.test with tensors only: name, model, inputs, outputs, tolerances."""
+    from onnx.backend.test.case.node import collect_testcases
+
+    def arrays(values) -> list[np.ndarray]:
+        return [numpy_helper.to_array(v) if isinstance(v, TensorProto) else np.asarray(v) for v in values]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cases = [c for c in collect_testcases(None) if c.model is not None]
+    found = []
+    for case in sorted(cases, key=lambda c: c.name):
+        inputs, outputs = case.data_sets[0]
+        if any(isinstance(v, list) or v is None for v in (*inputs, *outputs)):
+            continue  # sequences and optionals
+        case.model.ir_version = max(case.model.ir_version, 4)
+        found.append((case.name, case.model, arrays(inputs), arrays(outputs), case.rtol or 1e-3, case.atol or 1e-7))
+    return found
+
+
+def close(want: np.ndarray, got: np.ndarray, rtol: float, atol: float) -> bool:
+    if want.dtype != got.dtype or want.shape != got.shape:
+        return False
+    if want.dtype.kind in "OUSbc":
+        return bool(np.array_equal(want, got))
+    if want.dtype.itemsize == 2:
+        rtol, atol = max(rtol, 1e-2), max(atol, 1e-2)
+    return np.allclose(got.astype(np.float64), want.astype(np.float64), rtol, atol, equal_nan=True)
+
+
+def check_folding(name, model, inputs, outputs, rtol, atol) -> str:
+    """Make every input an initializer: the outputs must become what the case expects, or be computed as before."""
+    model = onnx.ModelProto.FromString(model.SerializeToString())
+    for port, value in zip(model.graph.input, inputs, strict=True):
+        model.graph.initializer.append(numpy_helper.from_array(value, port.name))
+    del model.graph.input[:]
+    try:
+        graph = Graph.from_proto(model)
+        graph.check()
+    except InputError:
+        return "unreadable"
+    before, signature = graph.copy(), graph.signature()
+    run(graph)
+    graph.check(signature)
+    again = graph.copy()
+    if run(again).rewrites:
+        return "wrong: not a fixed point"
+    values = [graph.constant(t) for t in graph.outputs]
+    if all(v is not None for v in values):
+        good = all(close(w, g, rtol, atol) for w, g in zip(outputs, values, strict=True))
+        return "folded" if good else "wrong: not the expected values"
+    if RANDOM & set(ops(graph)):
+        return "left"
+    try:
+        expected = oracle.run(before, {})
+    except InputError:
+        return "left"
+    got = oracle.run(graph, {})
+    return "left" if all(close(v, got[n], rtol, atol) for n, v in expected.items()) else "wrong: another meaning"
+
+
+def check_meaning(name, model, inputs, outputs, rtol, atol) -> str:
+    """Leave the inputs as they are: the outputs must stay what they were."""
+    try:
+        graph = Graph.from_proto(onnx.ModelProto.FromString(model.SerializeToString()))
+        graph.check()
+        feeds = dict(zip((t.name for t in graph.inputs), inputs, strict=True))
+        expected = oracle.run(graph, feeds)
+    except (InputError, ValueError, TypeError):  # optional inputs have no type that a signature can say
+        return "unreadable"
+    if RANDOM & set(ops(graph)):
+        return "random"
+    signature = graph.signature()
+    result = run(graph)
+    graph.check(signature)
+    got = oracle.run(graph, feeds)
+    if not all(close(v, got[n], rtol, atol) for n, v in expected.items()):
+        return "wrong: another meaning"
+    return "changed" if result.rewrites else "same"
+
+
+def survey(cases: list, check) -> tuple[Counter, list[str]]:
+    results = {case[0]: check(*case) for case in cases}
+    wrong = [f"{name}: {verdict}" for name, verdict in results.items() if verdict.startswith("wrong")]
+    return Counter(results.values()), wrong
+
+
+def test_node_cases_fold_to_what_onnx_expects(corpus):
+    counts, wrong = survey(corpus[::6], check_folding)
+    assert not wrong
+    assert counts["folded"] > 150 and counts["unreadable"] < 15, counts
+
+
+def test_node_cases_keep_their_meaning(corpus):
+    counts, wrong = survey(corpus[3::12], check_meaning)
+    assert not wrong
+    assert counts["changed"] > 20, counts
+
+
+@pytest.mark.slow
+def test_all_node_cases_fold_to_what_onnx_expects(corpus):
+    counts, wrong = survey(corpus, check_folding)
+    assert not wrong
+    assert counts["folded"] > 950 and counts["unreadable"] < 80, counts
+
+
+@pytest.mark.slow
+def test_all_node_cases_keep_their_meaning(corpus):
+    counts, wrong = survey(corpus, check_meaning)
+    assert not wrong
+    assert counts["changed"] > 300, counts

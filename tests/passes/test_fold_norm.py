@@ -334,7 +334,8 @@ PATTERNS = {
 
 # Where dynamo's own optimiser would fold the BatchNormalization before we see it.
 UNFUSED = {
-    "conv", "grouped strided dilated conv", "depthwise conv1d", "grouped transposed conv", "concatenated convs", "linear",
+    "conv", "grouped strided dilated conv", "depthwise conv1d", "grouped transposed conv", "concatenated convs",
+    "linear",
 }  # fmt: skip
 
 PREFUSED = "group norm, projection and scale"  # the form without its own folding has SplitToSequence
@@ -449,7 +450,7 @@ def test_power_of_two_scale_is_exact() -> None:
     np.testing.assert_array_equal(b[4:], a[4:])
 
 
-# -- the same in text: corners that torch does not export -----------------------------------------------------------------
+# -- the same in text: corners that torch does not export --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -495,8 +496,8 @@ def test_gemm_forms(attributes: str, weight: tuple[int, ...], bias: tuple[int, .
             {"w": normal(6, 3), "s": normal(3), "c": normal(3)}, {"Relu", "MatMul", "Add"},
         ),
         "BN before MatMul without bias becomes an Add": (
-            f"r = Relu(x) t = Transpose<perm=[0,2,3,1]>(r) u = Transpose<perm=[0,3,1,2]>(t) n = BatchNormalization(u, {BN}) "
-            "v = Transpose<perm=[0,2,3,1]>(n) y = MatMul(v, w)",
+            "r = Relu(x) t = Transpose<perm=[0,2,3,1]>(r) u = Transpose<perm=[0,3,1,2]>(t) "
+            f"n = BatchNormalization(u, {BN}) v = Transpose<perm=[0,2,3,1]>(n) y = MatMul(v, w)",
             {"w": normal(4, 3), **bn_weights(4)}, {"Relu", "Transpose", "MatMul", "Add"},
         ),
         "constant minus and divided": (
@@ -529,6 +530,11 @@ def test_gemm_forms(attributes: str, weight: tuple[int, ...], bias: tuple[int, .
             "c = Conv(x, w) g = Sigmoid(x) m = Mul(g, c) k = Mul(m, s) y = Relu(k)",
             {"w": normal(4, 4, 1, 1), "s": normal(4, 1, 1)}, {"Conv", "Sigmoid", "Mul", "Relu"},
         ),
+        "gate, one side only partly linear": (
+            "c = Conv(x, w) r = Relu(x) k = Concat<axis=1>(c, r) d = Conv(x, v) m = Mul(k, d) t = Mul(m, s) y = Relu(t)",
+            {"w": normal(3, 4, 1, 1), "v": normal(7, 4, 1, 1), "s": normal(1)},
+            {"Conv", "Relu", "Concat", "Mul"},
+        ),
         "into a norm": (
             "n = LayerNormalization<axis=-1>(x, g) m = Mul(n, s) a = Add(m, t) y = Relu(a)",
             {"g": normal(6), "s": normal(6), "t": normal(6)}, {"LayerNormalization", "Relu"},
@@ -549,8 +555,8 @@ def test_gemm_forms(attributes: str, weight: tuple[int, ...], bias: tuple[int, .
             {"Conv", "Slice", "Concat"},
         ),
         "forward through split, slice and concat": (
-            f"r = Relu(x) n = BatchNormalization(r, {BN}) p, q = Split<axis=1, num_outputs=2>(n) c = Concat<axis=1>(q, r, p) "
-            "z = Conv(c, w) y = Relu(z)",
+            f"r = Relu(x) n = BatchNormalization(r, {BN}) p, q = Split<axis=1, num_outputs=2>(n) "
+            "c = Concat<axis=1>(q, r, p) z = Conv(c, w) y = Relu(z)",
             {"w": normal(3, 8, 1, 1), **bn_weights(4)}, {"Relu", "Split", "Concat", "Conv"},
         ),
         "the shape is read too": (
@@ -572,6 +578,7 @@ def test_text_pattern(body: str, weights: dict[str, np.ndarray], left: set[str])
 CONV = {"w": normal(3, 4, 1, 1)}
 PADDED = {"w": normal(3, 4, 3, 3), "s": normal(4, 1, 1)}
 HALF = np.float16
+BFLOAT16 = helper.tensor_dtype_to_np_dtype(TensorProto.BFLOAT16)
 
 # name: nodes, outputs, weights, what the note says ("" if nothing is worth saying), further arguments of build
 REFUSED: dict[str, tuple[str, str, dict[str, np.ndarray], str, dict]] = {
@@ -609,12 +616,13 @@ REFUSED: dict[str, tuple[str, str, dict[str, np.ndarray], str, dict]] = {
     ),
     "quantised weight": (
         f"d = DequantizeLinear(w, s) c = Conv(x, d) n = BatchNormalization(c, {BN}) y = Relu(n)", "y",
-        {"w": RNG.integers(-9, 9, (3, 4, 1, 1)).astype(np.int8), "s": np.float32([0.1]).reshape(())} | bn_weights(3),
+        {"w": RNG.integers(-9, 9, (3, 4, 1, 1)).astype(np.int8), "s": np.array(0.1, np.float32)} | bn_weights(3),
         "'d' of c (Conv) is not a constant of floats", {},
     ),
     "quantised data": (
-        f"c = Conv(x, w) q = QuantizeLinear(c, s, z) d = DequantizeLinear(q, s, z) n = BatchNormalization(d, {BN}) y = Relu(n)",
-        "y", {"s": np.float32([0.1]).reshape(()), "z": np.zeros((), np.int8)} | CONV | bn_weights(3),
+        "c = Conv(x, w) q = QuantizeLinear(c, s, z) d = DequantizeLinear(q, s, z) "
+        f"n = BatchNormalization(d, {BN}) y = Relu(n)",
+        "y", {"s": np.array(0.1, np.float32), "z": np.zeros((), np.int8)} | CONV | bn_weights(3),
         "d (DequantizeLinear) is not linear", {},
     ),
     "shift before zero padding": (
@@ -688,6 +696,15 @@ REFUSED: dict[str, tuple[str, str, dict[str, np.ndarray], str, dict]] = {
     "the other part is scaled too": (
         "c = Conv(x, w) p, q = Split<axis=2, num_outputs=2>(c) m = Mul(p, s) y = Add(m, q)", "y",
         CONV | {"s": normal(3, 1, 1)}, "leaves other parts of its input to a second consumer", {},
+    ),
+    "the whole is an output": (
+        "c = Conv(x, w) p, q, r = Split<axis=1, num_outputs=3>(c) m = Mul(p, s) y = Concat<axis=1>(m, q, r)", "y c",
+        CONV | {"s": normal(1)}, "'c' is an output of the model", {},
+    ),
+    "parameters of another type": (
+        f"r = Relu(x) n = BatchNormalization(r, {BN}) t = Transpose<perm=[0,1,3,2]>(n) m = Mul(t, s) y = Relu(m)", "y",
+        {k: v.astype(BFLOAT16) if k in ("gamma", "beta") else v for k, v in bn_weights(4).items()}
+        | {"s": normal(4, 1, 1)}, "'gamma' of n (BatchNormalization) is not a constant of floats", {},
     ),
     "slices overlap": (
         "c = Conv(x, w) p = Slice(c, zero, two, one) q = Slice(c, one, three, one) m = Mul(p, s) y = Add(m, q)", "y",
@@ -766,7 +783,7 @@ REFUSED: dict[str, tuple[str, str, dict[str, np.ndarray], str, dict]] = {
     ),
     "infinite scale": (
         f"c = Conv(x, w) n = BatchNormalization<epsilon=0.0>(c, {BN}) y = Relu(n)", "y",
-        CONV | bn_weights(3) | {"var": np.float32([1, 0, 1])}, "its constants are not finite", {},
+        CONV | bn_weights(3) | {"var": np.array([1, 0, 1], np.float32)}, "its constants are not finite", {},
     ),
     "custom operator": (
         f"c = Conv(x, w) n = BatchNormalization(c, {BN}) y = Relu(n)", "y", CONV | bn_weights(3), "is not linear", {},
@@ -1063,7 +1080,7 @@ def test_time_is_linear(kind: str) -> None:
 # -- the zoo -----------------------------------------------------------------------------------------------------------
 
 SMALLEST = {
-    "shvit_s1": 64, "efficientvit_m1": 64, "litepose_xs": 64, "damoyolo_ns": 64, "damoyolo_t": 64, "deanet": 32,
+    "shvit_s1": 64, "efficientvit_m1": 224, "litepose_xs": 64, "damoyolo_ns": 64, "damoyolo_t": 64, "deanet": 32,
     "repavit_tiny": 224, "repaswin_tiny": 224,
 }  # fmt: skip
 
@@ -1077,7 +1094,7 @@ def test_zoo_has_no_batch_norm_left(name: str, exporter: str) -> None:
     module = randomize(models.create(name), inputs=x).eval()
     graph = export(module, (x,), exporter)
     before = ops(graph)["BatchNormalization"]
-    assert before or exporter == "dynamo"
+    assert before or exporter == "dynamo" or name == "deanet"  # DEA-Net has none: it is here for the rest of the pass
     trace = Pipeline.parse("clean,fold_norm").run(graph, [{graph.inputs[0].name: x.numpy()}], strict=True)
     assert not trace.failures
     assert ops(graph)["BatchNormalization"] == 0
