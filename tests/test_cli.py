@@ -11,12 +11,14 @@ import sys
 import time
 from pathlib import Path
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
 from onnx import parser
 
 from edgecompile import cli
+from edgecompile.report import schema
 
 NET = """import torch
 from torch import nn
@@ -95,7 +97,9 @@ def test_build_writes_a_complete_bundle(folder):
     assert {"manifest.json", "model.onnx", "report.json", "report.md", "report.html", "probe.npz"} <= files
     assert os.listdir(folder / "build") == ["model"], "nothing temporary is left"
     report = json.loads((folder / "build" / "model" / "report.json").read_text())
+    jsonschema.validate(report, schema())
     assert all(e["max_rel"] <= 1e-5 for e in report["parity"]["outputs"].values())
+    assert report["latency"]["ratio"]["rounds"] == 6 and report["layers"] and report["files"]
     ops = {n.op_type for n in onnx.load(folder / "build" / "model" / "model.onnx").graph.node}
     assert "BatchNormalization" not in ops
     again = run("build", "build/model", "--no-bench", "-o", "again", cwd=folder)

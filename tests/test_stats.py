@@ -7,7 +7,7 @@ import pytest
 from onnx import parser
 
 from edgecompile import stats
-from edgecompile.graph import Graph
+from edgecompile.graph import Graph, Provenance
 
 
 def graph_of(text: str) -> Graph:
@@ -52,3 +52,20 @@ def test_parameters_are_floating_point_constants_counted_once():
         { a = MatMul(x, w) b = MatMul(a, w) c = Mul(b, one) y = Reshape(c, shape) }"""
     counted = stats.count(graph_of(text))
     assert counted.parameters == 16 and counted.bytes == 16 * 4 + 4 + 16 and counted.nodes == 4
+
+
+def test_by_module_adds_up_to_the_whole():
+    text = """g (float[2,4] x) => (float[2,4] y)
+        <float[4,4] w = {1,0,0,0, 0,1,0,0, 0,0,1,0, 0,0,0,1}>
+        { a = MatMul(x, w) b = MatMul(a, w) c = Relu(b) y = MatMul(c, w) }"""
+    graph = graph_of(text)
+    for node, path in zip(graph.nodes, ("net.0.a", "net.0.b", "net.1", ""), strict=True):
+        node.provenance = Provenance((path,) if path else ())
+    rows = stats.by_module(graph, 2)
+    assert [(r.module, r.nodes, r.parameters, r.macs) for r in rows] == [
+        ("net.0", 2, 16, 64),  # the shared weight counts where it is first read
+        ("net.1", 1, 0, 0),
+        ("", 1, 0, 32),
+    ]
+    total = stats.count(graph)
+    assert sum(r.parameters for r in rows) == total.parameters and sum(r.macs or 0 for r in rows) == total.macs
