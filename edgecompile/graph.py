@@ -444,7 +444,8 @@ class Graph(gs.Graph):
         """A name that no tensor or node of the graph has, made from ``hint``."""
         taken = self.__dict__.get("_taken")
         if taken is None:
-            taken = self._taken = {n for node in self.walk() for n in _names(node)} | {t.name for t in self.inputs}
+            ends = {t.name for t in [*self.inputs, *self.outputs]}
+            taken = self._taken = {n for node in self.walk() for n in _names(node)} | ends
         name, count = hint, 0
         while name in taken:
             count += 1

@@ -74,7 +74,7 @@ class Context:
     applied: int = 0
     _pass: str = ""
     _rewrites: list[Rewrite] = field(default_factory=list)
-    _notes: list[Note] = field(default_factory=list)
+    _notes: dict[Note, None] = field(default_factory=dict)
 
     def rewrite(self, what: str, node: gs.Node | str) -> bool:
         """Number a rewrite and ask whether to apply it; a pass calls this right before it changes the graph."""
@@ -87,9 +87,7 @@ class Context:
 
     def note(self, text: str, node: gs.Node | str = "") -> None:
         """Say something about a place, once."""
-        note = Note(node if isinstance(node, str) else where(node), text)
-        if note not in self._notes:
-            self._notes.append(note)
+        self._notes[Note(node if isinstance(node, str) else where(node), text)] = None
 
     def result(self) -> PassResult:
         """Everything recorded since the pass began."""
@@ -97,7 +95,7 @@ class Context:
 
     def begin(self, name: str) -> None:
         """Start the ledger of a pass; called by the pipeline."""
-        self._pass, self._rewrites, self._notes = name, [], []
+        self._pass, self._rewrites, self._notes = name, [], {}
 
 
 class Pass(ABC):

@@ -5,7 +5,7 @@ Four rewrites, each an equation between ONNX graphs:
 - *Folding.* A node that reads only constants is a constant; so is ``Shape`` where the dimensions are, whoever computes
   the tensor. A whole subgraph folds at once, into the one tensor that the rest of the model reads. Size and cost are
   known before anything is computed: a tensor in the subgraph may take ``fold_limit`` bytes, the result ``growth`` times
-  the initializers it is computed from (64 KiB are always fine), all results together ``growth`` times the model's
+  the initializers it is computed from (1 MiB is always fine), all results together ``growth`` times the model's
   weights and ``fold_limit`` more, all computations together ``work`` operations. So a file of 1 KiB cannot ask for
   1 GiB. Random operators, control flow, local functions, other domains, strings and types that NumPy lacks are not
   folded, nor are QuantizeLinear and DequantizeLinear, which carry precision.
@@ -33,7 +33,9 @@ import onnx_graphsurgeon as gs
 from edgecompile.evaluate import TensorType, Unfoldable, type_of
 from edgecompile.graph import Graph, Tensor, disconnect, redirect
 from edgecompile.pipeline import Context, Pass, PassResult
-from edgecompile.propagate import PRECISION, RANDOM, SMALL, Propagation, View, mib, standard
+from edgecompile.propagate import PRECISION, RANDOM, Propagation, View, mib, standard
+
+_FREE = 1 << 20  # bytes that any fold may produce: a window's relative position bias is many times its table
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ class _Sweep:
         node, size = tensor.inputs[0], known.type.nbytes
         try:
             nodes, basis = self.facts.subtree(node)
-            if size > max(SMALL, self.growth * basis):
+            if size > max(_FREE, self.growth * basis):
                 raise Unfoldable(f"{mib(size)} output exceeds {self.growth} times its initializers, {mib(basis)}")
             if size > self.room:
                 raise Unfoldable(f"{mib(size)} output, and what is folded already outgrows the model")

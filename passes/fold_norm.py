@@ -260,8 +260,8 @@ def _batch_norm(graph: Graph, node: gs.Node):
     """Axis, scale and shift of a BatchNormalization."""
     if node.attrs.get("training_mode", 0):
         raise _Refused("training_mode is 1: it normalises by the statistics of the batch")
-    if graph.opset < 9 or any(t.outputs or graph.is_output(t) for t in node.outputs[1:]):
-        raise _Refused("it has the semantics of training")
+    if graph.opset < 9 or any(t.name for t in node.outputs[1:]):  # what said so before there was training_mode
+        raise _Refused("it normalises by the statistics of the batch")
     parameters = [graph.constant(t) for t in node.inputs[1:5]]
     if any(p is None for p in parameters):
         raise _Refused("its parameters are not constants")
@@ -650,8 +650,6 @@ def _norm_affine(graph: Graph, node: gs.Node) -> Affine | None:
     if not parameters or any(p is None or p.dtype.kind != "f" for p in parameters):
         return None
     affine = Affine.of(axis, *(np.asarray(p, np.float64) for p in parameters))
-    if affine.axis is not None and (node.inputs[0].shape or ())[axis] != affine.scale.size:
-        return None  # GroupNormalization before opset 21: a pair per group
     return affine if affine.scales or affine.shifts else None
 
 

@@ -123,18 +123,23 @@ class _Rewriter:
         self.dead: set[int] = set()
         self.notes: list[tuple[str, str]] = []
 
-    def visit(self, node: gs.Node | None) -> None:
+    def visit(self, node: gs.Node) -> None:
         """Apply the rules to a node, then to what stands in its place, until none applies."""
-        while node is not None and id(node) not in self.dead and node.outputs:
-            made = None
+        pending = [node]
+        while pending:
+            node, known = pending.pop(), len(self.graph.nodes)
+            if id(node) in self.dead or not node.outputs:
+                continue
             for rule in _RULES.get(linear.op(node), ()):
                 try:
                     made = rule(self, node)
                 except Refusal as refusal:
                     self.skip(str(refusal), node)
+                    continue
                 if made is not None:
+                    # What is new comes in topological order, at the end; if nothing is, an old tensor took the place.
+                    pending += self.graph.nodes[known:][::-1] or made.inputs[:1]
                     break
-            node = None if made is None else self.graph.producer(made)
 
     def skip(self, why: str, node: gs.Node) -> None:
         """Note why a region was left as it is."""
@@ -146,9 +151,13 @@ class _Rewriter:
         """True if one node reads a tensor, once, and nothing else sees it."""
         return len(tensor.outputs) == 1 and id(tensor) not in self.outputs and id(tensor) not in self.pinned
 
+    def read(self, node: gs.Node) -> int:
+        """How many outputs of a node are read by something."""
+        return sum(bool(t.outputs) or id(t) in self.outputs or id(t) in self.pinned for t in node.outputs)
+
     def live(self, node: gs.Node) -> bool:
         """True if more than one output of a node is read."""
-        return sum(bool(t.outputs) or id(t) in self.outputs or id(t) in self.pinned for t in node.outputs) > 1
+        return self.read(node) > 1
 
     def steps(self, tensor: Tensor, axis: int, shared: bool = False) -> tuple[Step, ...]:
         """The affine steps that lead to a tensor, its own first; unless ``shared``, only one node reads the others."""
@@ -198,8 +207,12 @@ class _Rewriter:
             new = next((t for t in self.graph.outputs if t.name == old.name), new)
         else:
             redirect(old, new)
-        self.dead.update(id(n) for n in removed)
-        disconnect(removed)
+        unread: list[gs.Node] = list(removed)
+        while unread:  # what only served the nodes removed must not count as a consumer
+            self.dead.update(map(id, unread))
+            before = [p for n in unread for t in n.inputs for p in t.inputs]
+            disconnect(unread)
+            unread = [n for n in {id(n): n for n in before}.values() if id(n) not in self.dead and not self.read(n)]
         return new
 
     def add(self, a: Tensor, b: Tensor, like: Tensor, replaces: Sequence[gs.Node], op: str = "Add") -> Tensor:
@@ -402,6 +415,9 @@ class _Rewriter:
         if exit.shape is None or len(parts) < 2 or any(self.graph.constant(t) is not None for t in parts):
             return None
         axis = node.attrs["axis"] % len(exit.shape)
+        kept = [t for t in parts if t.shape is None or t.shape[axis] != 0]
+        if 0 < len(kept) < len(parts):
+            return self.without_empty(node, kept)
         terms = [_Term(t, 1, self.steps(t, axis) if self.private(t) else ()) for t in parts]
         for start in range(len(terms)):
             stop = start + 1
@@ -444,6 +460,15 @@ class _Rewriter:
                 merged.dtype, merged.shape = exit.dtype, exit.shape
             return self.replace(exit, merged, [*gone, node])
         return None
+
+    def without_empty(self, node: gs.Node, kept: Sequence[Tensor]) -> Tensor:
+        """Drop the parts of a concatenation that have no channels."""
+        self.begin(f"Concat of {len(node.inputs)} -> {f'Concat of {len(kept)}' if kept[1:] else 'identity'}", node)
+        exit, result = node.outputs[0], kept[0]
+        if len(kept) > 1:
+            result = self.graph.insert("Concat", kept, attrs=dict(node.attrs), replaces=[node]).outputs[0]
+            result.dtype, result.shape = exit.dtype, exit.shape
+        return self.replace(exit, result, [node])
 
     # -- choices -----------------------------------------------------------------------------------------------------
 
@@ -747,7 +772,7 @@ def _product(plan: Plan) -> str:
 def _change(gone: Sequence[gs.Node], macs: int) -> str:
     """Multiply-accumulates of the region after, relative to before."""
     before = sum(map(linear.macs, gone))
-    return f", {100 * (macs - before) / before:+.1f} % MACs" if before else ""
+    return f", {100 * (macs - before) / before:+.1f} % MACs" if before not in (0, macs) else ""
 
 
 def _dearer(new: int, old: int) -> str:

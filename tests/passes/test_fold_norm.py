@@ -531,7 +531,8 @@ def test_gemm_forms(attributes: str, weight: tuple[int, ...], bias: tuple[int, .
             {"w": normal(4, 4, 1, 1), "s": normal(4, 1, 1)}, {"Conv", "Sigmoid", "Mul", "Relu"},
         ),
         "gate, one side only partly linear": (
-            "c = Conv(x, w) r = Relu(x) k = Concat<axis=1>(c, r) d = Conv(x, v) m = Mul(k, d) t = Mul(m, s) y = Relu(t)",
+            "c = Conv(x, w) r = Relu(x) k = Concat<axis=1>(c, r) d = Conv(x, v) m = Mul(k, d) t = Mul(m, s) "
+            "y = Relu(t)",
             {"w": normal(3, 4, 1, 1), "v": normal(7, 4, 1, 1), "s": normal(1)},
             {"Conv", "Relu", "Concat", "Mul"},
         ),
@@ -657,6 +658,10 @@ REFUSED: dict[str, tuple[str, str, dict[str, np.ndarray], str, dict]] = {
         f"c = Conv(x, w) n, m, v = BatchNormalization<training_mode=1>(c, {BN}) y = Relu(n)", "y", CONV | bn_weights(3),
         "training_mode is 1", {},
     ),
+    "training mode before opset 14": (
+        f"c = Conv(x, w) n, m, v, a, b = BatchNormalization(c, {BN}) y = Relu(n)", "y", CONV | bn_weights(3),
+        "it normalises by the statistics of the batch", {"opset": 13},
+    ),
     "another axis of a convolution": (
         f"c = Conv(x, w) t = Transpose<perm=[0,2,1,3]>(c) n = BatchNormalization(t, {BN}) y = Relu(n)", "y",
         CONV | bn_weights(6), "it acts on axis 2, the channels are on axis 1", {},
@@ -696,6 +701,21 @@ REFUSED: dict[str, tuple[str, str, dict[str, np.ndarray], str, dict]] = {
     "the other part is scaled too": (
         "c = Conv(x, w) p, q = Split<axis=2, num_outputs=2>(c) m = Mul(p, s) y = Add(m, q)", "y",
         CONV | {"s": normal(3, 1, 1)}, "leaves other parts of its input to a second consumer", {},
+    ),
+    "the whole is read too": (
+        "c = Conv(x, w) p = Slice(c, zero, two, one) m = Mul(p, s) r = Relu(c) y = Concat<axis=1>(m, r)", "y",
+        CONV | {"s": normal(1), "zero": np.array([0]), "one": np.array([1]), "two": np.array([2])},
+        "has a second consumer", {},
+    ),
+    "slice of two axes": (
+        "c = Conv(x, w) p = Slice(c, zero, two, axes) q = Slice(c, two, four, axes) m = Mul(p, s) y = Add(m, q)", "y",
+        {"w": normal(4, 4, 1, 1), "s": normal(1), "zero": np.array([0, 0]), "axes": np.array([1, 2]),
+         "two": np.array([2, 2]), "four": np.array([4, 4])},
+        "slices several axes", {},
+    ),
+    "channels gathered twice": (
+        "c = Conv(x, w) g = Gather<axis=1>(c, i) m = Mul(g, s) y = Relu(m)", "y",
+        CONV | {"s": normal(3, 1, 1), "i": np.array([1, 1, 0])}, "not a constant list without repetition", {},
     ),
     "the whole is an output": (
         "c = Conv(x, w) p, q, r = Split<axis=1, num_outputs=3>(c) m = Mul(p, s) y = Concat<axis=1>(m, q, r)", "y c",
@@ -818,6 +838,27 @@ def test_shared_weight_gets_its_own_copy() -> None:
     assert graph.constants()["w"] is weight
     np.testing.assert_array_equal(weight, before)
     assert len({n.inputs[1].name for n in graph.nodes if n.op == "Conv"}) == 2
+
+
+def test_float16_is_rounded_once() -> None:
+    """Scale, shift and product are computed in float64; a channel that is zero is not one that vanishes."""
+    parameters = {k: v.astype(HALF) for k, v in bn_weights(3).items()}
+    parameters["gamma"][1] = 0
+    weights = {"w": normal(3, 4, 1, 1).astype(HALF), "b": normal(3).astype(HALF)} | parameters
+    half = TensorProto.FLOAT16
+    graph = build(
+        f"c = Conv(x, w, b) n = BatchNormalization(c, {BN}) y = Relu(n)", "y", weights, "float16[2,4,6,6] x", kind=half
+    )
+    context = Context()
+    context.begin("fold_norm")
+    assert len(FoldNorm().run(graph, context).rewrites) == 1
+    graph.tidy()
+    graph.check()
+    w, b, gamma, beta, mean, var = (weights[k].astype(np.float64) for k in ("w", "b", "gamma", "beta", "mean", "var"))
+    scale = gamma / np.sqrt(var + np.float32(1e-5))
+    conv = next(n for n in graph.nodes if n.op == "Conv")
+    np.testing.assert_array_equal(graph.constant(conv.inputs[1]), (w * scale.reshape(3, 1, 1, 1)).astype(HALF))
+    np.testing.assert_array_equal(graph.constant(conv.inputs[2]), (b * scale + beta - scale * mean).astype(HALF))
 
 
 def test_output_keeps_its_name() -> None:
