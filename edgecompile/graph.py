@@ -896,7 +896,7 @@ def _read_provenance(node: gs.Node, props: dict[str, str]) -> Provenance:
 def _portable(path: str) -> str:
     """A source path without what differs between machines and people: a bundle must not tell where its maker lives."""
     _, found, inner = path.rpartition("/site-packages/")
-    return inner if found else path.rpartition("/")[2]
+    return inner if found else path.rpartition("/")[2] if path.startswith("/") else path
 
 
 def _dynamo_module(scopes: str) -> str:
