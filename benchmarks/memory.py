@@ -19,9 +19,8 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from common import machine
 from onnx import TensorProto, helper, numpy_helper
-
-from edgecompile.measure import machine
 
 WIDTH = 2048
 LAYER_BYTES = WIDTH * WIDTH * 4

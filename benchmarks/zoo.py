@@ -118,7 +118,9 @@ def main() -> None:
     if options.one:
         print(json.dumps(run_one(options.one, options.seconds)))
         return
-    from edgecompile import measure, models
+    from common import machine
+
+    from edgecompile import models
 
     rows = []
     for name in options.names or models.names():
@@ -129,7 +131,7 @@ def main() -> None:
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(markdown(rows[-1:]).splitlines()[-1], flush=True)
         if options.output:
-            document = {"machine": measure.machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+            document = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
             options.output.write_text(json.dumps(document, indent=1) + "\n")
     print(markdown(rows))
     wrong = [r["model"] for r in rows if not r["parity_ok"] or r["batch_norms"]]

@@ -102,10 +102,12 @@ class Path:
         """The sum of two paths with the same entry and exit.
 
         Raises:
-            Refusal: they differ in stride, extents or order of the axes.
+            Refusal: they differ in stride, extents, channels or order of the axes.
         """
         if (self.axis, self.order) != (other.axis, other.order):
             raise Refusal("two maps in parallel order the axes differently")
+        if self.map.outputs != other.map.outputs:
+            raise Refusal("two maps in parallel differ in channels")
         rank = max(self.map.rank, other.map.rank)
         one, two = self.lifted(rank), other.lifted(rank)
         return replace(one, map=affine.add(one.map, two.map, one.extents))

@@ -276,8 +276,10 @@ class _Rewriter:
 
     def is_sum(self, node: gs.Node | None) -> bool:
         """True for an addition or subtraction of floats."""
-        kind = None if node is None else node.outputs[0].dtype if node.outputs else None
-        return kind is not None and linear.op(node) in _SIGNS and np.issubdtype(kind, np.floating)  # type: ignore[arg-type]
+        if node is None or not node.outputs or linear.op(node) not in _SIGNS:
+            return False
+        kind = node.outputs[0].dtype
+        return kind is not None and not isinstance(kind, int) and np.dtype(kind).kind == "f"
 
     def flatten(self, root: gs.Node) -> tuple[list[_Term], list[tuple[Tensor, int]], list[gs.Node]]:
         """The terms of a tree of additions, its constants with their signs, and its nodes."""
@@ -311,9 +313,10 @@ class _Rewriter:
         for term in terms:
             groups.setdefault(id(term.entry), []).append(term)
         best: _Fused | None = None
+        biases, kept = self.biases(constants, terms, exit, axis)
         for group in groups.values():
-            if len(group) > 1 or (constants and group[0].steps):
-                fused = self.fuse(group, constants, axis, exit, root)
+            if len(group) > 1 or (biases and group[0].steps):
+                fused = self.fuse(group, biases, axis, exit, root)
                 if fused is not None and (best is None or fused.cost > best.cost):
                     best = fused
         if best is None:
@@ -325,25 +328,30 @@ class _Rewriter:
         what = " + ".join(_chain(t.steps) for t in best.terms)
         self.begin(f"{what} -> {_product(best.plan)}{_change(gone, best.plan.macs)}", root)
         total = best.plan.insert(self.graph, exit.name, gone + adds)
-        for constant, sign in self.kept(constants, exit, axis):
+        for constant, sign in kept:
             total = self.add(total, constant, exit, adds, "Add" if sign > 0 else "Sub")
         for term in left:
             total = self.add(total, term.tensor, exit, adds, "Add" if term.sign > 0 else "Sub")
         return self.replace(exit, total, gone + adds)
 
-    def kept(self, constants: list[tuple[Tensor, int]], exit: Tensor, axis: int) -> list[tuple[Tensor, int]]:
-        """The constants of a sum that are no bias on the channels."""
-        return [(t, s) for t, s in constants if self.bias(t, exit, axis) is None]
-
-    def bias(self, constant: Tensor, exit: Tensor, axis: int) -> np.ndarray | None:
-        value = self.graph.constant(constant)
-        try:
-            return None if value is None else linear.per_channel(value, exit, axis)
-        except Refusal:
-            return None
+    def biases(
+        self, constants: list[tuple[Tensor, int]], terms: Sequence[_Term], exit: Tensor, axis: int
+    ) -> tuple[list[np.ndarray], list[tuple[Tensor, int]]]:
+        """The constants of a sum that are a bias on its channels, as such; and the others."""
+        full = all(t.tensor.shape is not None and t.tensor.shape == exit.shape for t in terms)
+        found, others = [], []
+        for tensor, sign in constants:
+            value = self.graph.constant(tensor)
+            try:
+                if value is None or not full:
+                    raise Refusal("a constant that stretches a term is no bias")
+                found.append(sign * linear.per_channel(value, exit, axis).astype(np.float64))
+            except Refusal:
+                others.append((tensor, sign))
+        return found, others
 
     def fuse(
-        self, group: list[_Term], constants: list[tuple[Tensor, int]], axis: int, exit: Tensor, root: gs.Node
+        self, group: list[_Term], biases: list[np.ndarray], axis: int, exit: Tensor, root: gs.Node
     ) -> _Fused | None:
         """The cheapest way found to merge terms of one entry; None if none gains."""
         addition = linear.PER_ELEMENT * linear.size(exit.shape) + linear.PER_NODE
@@ -356,13 +364,11 @@ class _Rewriter:
             except Refusal as refusal:
                 self.skip(f"{_chain(term.steps)}: {refusal}", root)
         paths.sort(key=lambda p: -p[1].map.kernel.size)
-        biases = [(s, b) for t, s in constants if (b := self.bias(t, exit, axis)) is not None]
         while paths:
             (first, made), *rest = paths
             taken, cost, paths = [first], old[id(first)], []
             if biases:
-                shifted = made.map.bias + sum(s * b.astype(np.float64) for s, b in biases)
-                made = replace(made, map=replace(made.map, bias=shifted))
+                made = replace(made, map=replace(made.map, bias=made.map.bias + sum(biases)))
                 cost += addition * len(biases)
             for term, path in rest:
                 try:
@@ -418,6 +424,8 @@ class _Rewriter:
         kept = [t for t in parts if t.shape is None or t.shape[axis] != 0]
         if 0 < len(kept) < len(parts):
             return self.without_empty(node, kept)
+        if next((a for t in parts if (a := linear.natural_axis(self.graph, t)) is not None), axis) != axis:
+            return None
         terms = [_Term(t, 1, self.steps(t, axis) if self.private(t) else ()) for t in parts]
         for start in range(len(terms)):
             stop = start + 1
@@ -564,7 +572,9 @@ class _Rewriter:
             found.append((tensor, embedding, after, function, root))
         found.sort(key=lambda f: not f[3])
         (p, embed_p, after, function, root), (q, embed_q, _, no_function, _) = found
-        if not function or no_function or root is None:
+        if not function or no_function or root is None or any(s.order != order for s in after):
+            return
+        if any(n.outputs[0].shape != root.shape for n in function):  # a broadcast would mix channels
             return
         # Where the affine ways back from the function's input and from the idle piece meet.
         before = self.steps(root, axis, shared=True)

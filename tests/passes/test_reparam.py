@@ -48,9 +48,9 @@ def export(module: nn.Module, inputs: tuple[torch.Tensor, ...], exporter: str, d
         buffer = io.BytesIO()
         axes = {n: {a: f"{n}_{a}" for a in dynamic} for n in names} if dynamic else None
         torch.onnx.export(
-            module.eval(), inputs, buffer, dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, opset_version=17,
+            module.eval(), inputs, buffer, dynamo=False, training=torch.onnx.TrainingMode.PRESERVE, opset_version=17,  # type: ignore[arg-type]
             dynamic_axes=axes, input_names=names,
-        )  # type: ignore[arg-type]  # fmt: skip
+        )  # fmt: skip
     return Graph.from_proto(onnx.load_from_string(buffer.getvalue()))
 
 
@@ -447,6 +447,10 @@ NEGATIVES: dict[str, tuple[str, str, dict[str, np.ndarray], str, str]] = {
         "a = Conv<pads=[1,1,1,1]>(x, k) b = Conv(x, p) y = Add(a, b)",
         "y", {"k": K3, "p": P1}, "float[1,C,8,8] x", "channels of 'x' is dynamic",
     ),
+    "one_channel_on_all": (
+        "a = Conv(x, p) b = Conv(x, q) y = Add(a, b)",
+        "y", {"p": P1, "q": normal(1, 4, 1, 1)}, X, "differ in channels",
+    ),
     "weight_not_constant": (
         "a = Conv<pads=[1,1,1,1]>(x, k) b = Conv(x, p) y = Add(a, b)",
         "y", {"k": K3}, f"{X}, float[4,4,1,1] p", "is not a constant",
@@ -524,6 +528,19 @@ def test_half_precision_merges():
     graph = build(body, "y", weights, "float16[1,4,8,8] x", TensorProto.FLOAT16)
     merge(graph)
     assert ops(graph) == {"Conv": 1} and all(v.dtype == np.float16 for v in graph.constants().values())
+
+
+def test_a_constant_that_stretches_a_sum_stays():
+    weights = {"p": normal(1, 4, 3, 3), "q": normal(1, 4, 1, 1), "c": normal(1, 4, 1, 1)}
+    graph = build("a = Conv<pads=[1,1,1,1]>(x, p) b = Conv(x, q) s = Add(a, b) y = Add(s, c)", "y", weights, X)
+    merge(graph)
+    assert ops(graph) == {"Conv": 1, "Add": 1}
+
+
+def test_weights_of_two_terms_of_one_tensor_and_itself():
+    graph = build("a = Add(x, x) b = Conv(x, p) y = Add(a, b)", "y", {"p": P1}, X)
+    merge(graph)
+    assert ops(graph) == {"Conv": 1}
 
 
 def test_gemm_chain_and_subtraction():
@@ -724,21 +741,24 @@ ZOO = {
 DEFAULT = ("shvit_s1", "repavit_tiny")
 
 
+LAYERS = {"Conv", "ConvTranspose", "Gemm", "MatMul", "LayerNormalization", "InstanceNormalization"}
+
+
 def learned(graph: Graph) -> int:
-    """Elements of the constants that are parameters.
+    """Elements of the constants that are parameters: weights and vectors on the channels.
 
     Not: tables that a model computes from its parameters (relative position biases per pair of tokens) or from nothing
-    (anchor points, window masks), which an exporter writes out; they vary along several axes and are added or
-    multiplied.
+    (anchor points, bins of a distribution), which an exporter writes out.
     """
-    tables = {
-        id(t): math.prod(t.shape)
-        for n in graph.nodes
-        if n.op in ("Add", "Sub", "Mul", "Div", "Gather")
-        for t in n.inputs
-        if isinstance(t, gs.Constant) and np.dtype(t.dtype).kind == "f" and sum(d != 1 for d in t.shape) > 1
-    }
-    return stats.count(graph).parameters - sum(tables.values())
+    found = {}
+    for node in graph.nodes:
+        for tensor in node.inputs:
+            if isinstance(tensor, gs.Constant) and np.dtype(tensor.dtype).kind == "f":
+                vector = sum(d != 1 for d in tensor.shape) == 1 and node.op in ("Add", "Sub", "Mul", "Div")
+                column = len(tensor.shape) == 2 and tensor.shape[1] == 1
+                if (node.op in LAYERS or vector) and not column:
+                    found[id(tensor)] = math.prod(tensor.shape)
+    return sum(found.values())
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
