@@ -14,5 +14,4 @@ _PACKAGES = ("edgecompile", "onnx", "onnx-graphsurgeon", "onnxruntime", "torch",
 def machine() -> dict[str, Any]:
     """CPU, memory and package versions."""
     facts = measure.machine()
-    versions = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions()}
-    return {k: facts[k] for k in _FACTS} | {"versions": {p: versions[p] for p in _PACKAGES if p in versions}}
+    return {k: facts[k] for k in _FACTS} | {"versions": {p: importlib.metadata.version(p) for p in _PACKAGES}}

@@ -445,11 +445,12 @@ class Graph(gs.Graph):
         taken = self.__dict__.get("_taken")
         if taken is None:
             ends = {t.name for t in [*self.inputs, *self.outputs]}
+            self._counts: dict[str, int] = {}
             taken = self._taken = {n for node in self.walk() for n in _names(node)} | ends
-        name, count = hint, 0
+        name = hint
         while name in taken:
-            count += 1
-            name = f"{hint}_{count}"
+            self._counts[hint] = self._counts.get(hint, 0) + 1
+            name = f"{hint}_{self._counts[hint]}"
         taken.add(name)
         return name
 

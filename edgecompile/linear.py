@@ -478,8 +478,8 @@ def size(shape: Sequence[object] | None) -> int:
 
 
 _MACS: dict[str, Callable[[gs.Node], int]] = {
-    "Conv": lambda n: size(n.outputs[0].shape) * math.prod(n.inputs[1].shape[1:]),
-    "ConvTranspose": lambda n: size(n.inputs[0].shape) * math.prod(n.inputs[1].shape[1:]),
+    "Conv": lambda n: size(n.outputs[0].shape) * size(n.inputs[1].shape[1:]),
+    "ConvTranspose": lambda n: size(n.inputs[0].shape) * size(n.inputs[1].shape[1:]),
     "MatMul": lambda n: size(n.outputs[0].shape) * int(size(n.inputs[0].shape[-1:])),
     "Gemm": lambda n: size(n.outputs[0].shape) * size(n.inputs[1].shape) // max(1, size(n.outputs[0].shape[-1:])),
     "AveragePool": lambda n: size(n.outputs[0].shape) * math.prod(n.attrs["kernel_shape"]),

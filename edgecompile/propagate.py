@@ -159,7 +159,7 @@ class Propagation:
         if known is not None:
             return known
         array = tensor._values if isinstance(tensor, gs.Constant) else None
-        if not isinstance(array, np.ndarray) or tensor.export_dtype != array.dtype:
+        if not isinstance(array, np.ndarray):
             return self.learn(tensor, TensorType())
         kind = type_of(array)
         return self.learn(tensor, kind, array if kind.static else None)

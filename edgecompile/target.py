@@ -113,7 +113,7 @@ class Target(ABC):
 
     name: ClassVar[str]
     options: ClassVar[Mapping[str, tuple[Any, str]]] = {}
-    pipelines: ClassVar[Mapping[str, str]] = {"fp32": "clean,fold_norm"}
+    pipelines: ClassVar[Mapping[str, str]] = {"fp32": "clean,fold_norm,reparam"}
 
     @abstractmethod
     def probe(self) -> Sequence[Capability]:

@@ -73,9 +73,8 @@ def _equal(a: TensorType, b: TensorType, *, reshaped: bool = False) -> bool:
     """Whether two shapes are proved equal; of a reshaped tensor all but one dimension prove the last."""
     if a.shape is None or b.shape is None or len(a.shape) != len(b.shape):
         return False
-    open_ = [e for d, e in zip(a.shape, b.shape, strict=True) if d is None or d != e]
-    counted = all(isinstance(e, int) and e for e in b.shape if e is not None)
-    return not open_ or (reshaped and len(open_) == 1 and not isinstance(open_[0], int) and counted)
+    differ = [e for d, e in zip(a.shape, b.shape, strict=True) if d is None or d != e]
+    return not differ or (reshaped and len(differ) == 1 and not isinstance(differ[0], int) and 0 not in b.shape)
 
 
 def _neutral(element: float, *sides: int) -> Callable[[View], int | None]:

@@ -204,7 +204,6 @@ class _Rewriter:
         if id(old) in self.outputs or id(old) in self.pinned:
             self.graph.rewire(old, new)
             self.outputs = {id(t) for t in self.graph.outputs}
-            new = next((t for t in self.graph.outputs if t.name == old.name), new)
         else:
             redirect(old, new)
         unread: list[gs.Node] = list(removed)
@@ -216,6 +215,7 @@ class _Rewriter:
         return new
 
     def add(self, a: Tensor, b: Tensor, like: Tensor, replaces: Sequence[gs.Node], op: str = "Add") -> Tensor:
+        """The result of a new ``op`` of two tensors, of the type and shape of ``like``."""
         node = self.graph.insert(op, [a, b], replaces=replaces)
         node.outputs[0].dtype, node.outputs[0].shape = like.dtype, like.shape
         return node.outputs[0]
@@ -402,12 +402,14 @@ class _Rewriter:
                 source = next((t for t in (node.inputs if node else ()) if self.graph.constant(t) is None), None)
                 if node is None or source is None:
                     break
-                if not obstacle:
-                    affine_node = linear.is_affine(self.graph, node)
-                    obstacle = f"{where(node)} {'has a second consumer' if affine_node else 'is not affine'}"
+                if not obstacle and not linear.is_affine(self.graph, node):
+                    obstacle = f"{where(node)} is not affine"
+                elif not obstacle and not self.private(tensor):
+                    obstacle = f"{where(node)} has a second consumer"
                 tensor = source
                 if id(tensor) in entries and tensor is not term.entry:
-                    self.skip(obstacle, root)
+                    if obstacle:  # else reading the map was refused, and noted
+                        self.skip(obstacle, root)
                     return
         if sum(any(_heavy(s.node) for s in t.steps) for t in terms) > 1:
             self.skip("its terms are maps of different tensors", root)
@@ -502,15 +504,12 @@ class _Rewriter:
         layer = self.steps(exit, self.axis([exit]))
         if not layer or not self.private(layer[-1].entry):
             return None
-        split = self.split(layer)
-        best: tuple[int, _Parts] | None = None
-        for parts in split:
-            gain = parts.gain
-            if gain > (best[0] if best else 0):
-                best = gain, parts
-        if best is None:
+        parts = max(self.split(layer), key=lambda p: p.gain, default=None)
+        if parts is None:
             return None
-        parts = best[1]
+        if parts.gain <= 0:
+            self.skip("its idle channels stay: without them it would not cost less", node)
+            return None
         gone = parts.gone
         macs = parts.idle.macs + (parts.into.macs + parts.out.macs if parts.into and parts.out else 0)
         what = f"{parts.active} of {parts.active + parts.still} channels active -> {_product(parts.idle)}"
@@ -705,7 +704,7 @@ class _Parts:
 
     @property
     def gain(self) -> int:
-        """What the nodes that go cost more than those that come."""
+        """By how much the nodes that go cost more than those that come."""
         new = self.idle.cost
         if self.into is not None and self.out is not None:
             share = self.active / self.width

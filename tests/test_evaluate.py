@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -272,6 +273,13 @@ def refused(op: str, inputs: list, opset: int = 17, **attrs) -> str:
 )
 def test_refuses_what_is_undefined_or_unknown(op, inputs, attrs, why):
     assert why in refused(op, inputs, **attrs)
+
+
+def test_refuses_whatever_numpy_is_told_to_ignore():
+    with np.errstate(all="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert "divide by zero" in refused("Div", [ODD, ints(0)])
+        assert "overflow" in refused("Exp", [np.array(1e4, F32)])
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,7 @@ ROOT = Path(__file__).parent.parent
 def _modules(folder: str, package: str) -> set[str]:
     """Module files of a source folder, as paths in the wheel."""
     base = ROOT / folder
-    return {
-        f"{package}/{p.relative_to(base).as_posix()}" for p in base.rglob("*.py") if "__pycache__" not in p.parts
-    }
+    return {f"{package}/{p.relative_to(base).as_posix()}" for p in base.rglob("*.py") if "__pycache__" not in p.parts}
 
 
 @pytest.fixture(scope="module")

@@ -178,6 +178,7 @@ def test_identities(text, opset, goes):
         ("z = Expand (r, same)", False),
         ("z = Slice (r, start, far, rows)", True),
         ("z = Slice (r, start, three, rows)", False),  # a larger batch would be cut
+        ("c = Concat <axis = 0> (r, r)  z = Slice (c, three, far, rows)", False),
         ("z = Add (r, zeros)", True),
         ("z = Add (r, column)", False),  # [3,1]: a batch of 1 would grow
         ("s = Shape (r)  z = Reshape (r, s)", True),
@@ -241,6 +242,28 @@ def test_compositions_of_transposes():
     )
     clean(graph)
     assert [(n.op, n.attrs.get("perm")) for n in graph.nodes] == [("Transpose", [2, 0, 1]), ("Relu", None)]
+
+
+def test_transposes_compose_in_order():
+    for p, q in (([1, 0, 2], [0, 2, 1]), ([1, 2, 0], [1, 0, 2])):
+        graph = graph_of(
+            f"(float[2,3,4] x) => (float[A,B,C] y) {{ a = Transpose <perm = {p}> (x) b = Transpose <perm = {q}> (a)"
+            " y = Relu (b) }"
+        )
+        clean(graph)
+        assert ops(graph) == ["Transpose", "Relu"]
+
+
+def test_a_reshape_of_nothing_may_have_any_batch():
+    """0 elements fit [2, 0] and [5, 0]: here the element count proves nothing."""
+    graph = graph_of(
+        "(float[N,4] x, float[M] z) => (float[M,0] y) <int64[1] zero = {0}, int64[1] one = {1}>"
+        " { e = Slice (x, zero, zero, one) m = Shape (z) s = Concat <axis = 0> (m, zero)"
+        " r = Reshape (e, s) y = Relu (r) }"
+    )
+    feeds = {"x": np.zeros((2, 4), np.float32), "z": np.zeros(5, np.float32)}
+    clean(graph, feeds=[feeds])
+    assert "Reshape" in ops(graph)
 
 
 def test_transposes_of_unknown_rank_are_left():
@@ -416,7 +439,7 @@ def test_what_must_not_fold():
         " e = Bernoulli (s) f = RandomUniform <shape = [2]> () y = Sum (x, a, c, d, e, f) }"
     )
     kept = sorted(ops(graph))
-    assert whats(run(graph)) == []
+    assert run(graph) == PassResult()  # nor is there a note: that they stay is no surprise
     assert sorted(ops(graph)) == kept
 
 
@@ -429,6 +452,28 @@ def test_foreign_domains_and_local_functions_do_not_fold():
     graph = Graph.from_proto(model)
     assert whats(clean(graph)) == []
     assert ops(graph) == ["twice", "twice", "Sum"]
+
+
+def test_local_functions_named_like_an_operator_do_not_fold():
+    model = parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> g (float[2] x) => (float[2] y) <float[2] w = {1,2}>'
+        " { a = Exp (w) y = Add (x, a) }"
+        ' <domain: "", opset_import: ["" : 17]> Exp (p) => (q) { q = Neg (p) }'
+    )
+    graph = Graph.from_proto(model)
+    run(graph)
+    assert ops(graph) == ["Exp", "Add"]
+
+
+def test_a_small_part_of_a_large_constant_does_not_keep_it_alive():
+    graph = graph_of(
+        "(float[2,50000] x) => (float[2,50000] y) <int64[1] zero = {0}, int64[1] two = {2}>"
+        " { e = Exp (w) k = Slice (e, zero, two) y = Add (x, k) }",
+        w=np.ones((9, 50000), np.float32),
+    )
+    clean(graph)
+    value = graph.constants()["k"]
+    assert ops(graph) == ["Add"] and (value if value.base is None else value.base).nbytes == value.nbytes
 
 
 @pytest.mark.parametrize(
@@ -558,6 +603,32 @@ def test_recorded_shapes_of_intermediate_tensors_are_not_believed():
     graph = Graph.from_proto(model)
     clean(graph, feeds=[{"x": np.zeros((3, 4), np.float32)}])
     assert ops(graph) == ["Relu", "Shape"]
+
+
+def test_recorded_shapes_of_what_control_flow_returns_are_not_believed():
+    model = parser.parse_model(
+        """<ir_version: 8, opset_import: ["" : 17]> g (bool c, float[N,4] x) => (int64[2] y) <float[1,4] r> {
+            r = If (c) < then_branch = a () => (float[A,4] t) { t = Relu (x) },
+                         else_branch = b () => (float[B,4] e) { e = Neg (x) } >
+            y = Shape (r) }"""
+    )
+    graph = Graph.from_proto(model)
+    run(graph)
+    assert ops(graph) == ["If", "Shape"]
+
+
+def test_only_the_nodes_that_go_are_counted():
+    graph = graph_of(
+        "(float[2] x) => (float[2] y) <float[2] w = {1,2}> { n = Exp (w) s = Shape (n) k = ConstantOfShape (s)"
+        " a = Add (x, k) y = Add (a, n) }"
+    )
+    result = clean(graph)
+    assert sorted(whats(result)) == ["drop Add", "fold 1 node into n"]  # zeros
+    graph = graph_of(
+        "(float[2] x) => (float[2] y) <float[2] w = {1,2}, float t = {3}> { n = Exp (w) s = Shape (n) k = Expand (t, s)"
+        " a = Add (x, k) y = Add (a, n) }"
+    )
+    assert whats(clean(graph)) == ["fold 2 nodes into k", "fold 1 node into n"]
 
 
 def test_a_dimension_of_zero_is_not_believed():
@@ -962,7 +1033,7 @@ def test_time_is_linear(step):
         return time.process_time() - start
 
     seconds(100)
-    small, large = min(seconds(400) for _ in range(3)), seconds(3200)
+    small, large = min(seconds(200) for _ in range(3)), seconds(1600)
     assert large < 24 * small, f"8 times the nodes took {large / small:.0f} times as long"
 
 

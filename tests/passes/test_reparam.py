@@ -229,8 +229,18 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], dict[str, int]]] = {
 }
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("name", BLOCKS)
+# Exporting takes most of the time: by default the second exporter shows what its graphs differ in.
+BOTH = {"repvgg", "repconv_residual", "dbb"}
+
+
+@pytest.mark.parametrize(
+    ("name", "exporter"),
+    [
+        pytest.param(n, e, marks=[pytest.mark.slow] if e == "dynamo" and n not in BOTH else [])
+        for n in BLOCKS
+        for e in EXPORTERS
+    ],
+)
 def test_block(name: str, exporter: str):
     torch.manual_seed(0)
     make, expected = BLOCKS[name]
