@@ -42,7 +42,7 @@ Dim = int | str | None
 
 INLINE_LIMIT = 1 << 31  # protobuf cannot serialise 2 GiB
 _KEEP_INLINE = 1 << 20  # weights below 1 MiB stay initializers where large ones become inputs of a probe model
-_PACKED = ("int4", "uint4", "int2", "uint2")  # several values share a byte in a file, not in an array
+_PACKED = ("int4", "uint4", "int2", "uint2", "float4_e2m1fn")  # several values share a byte in a file, not in an array
 _MODULES, _SOURCES = "edgecompile.modules", "edgecompile.sources"
 _FRAME = re.compile(r'File "([^"]+)"')
 _SCOPES, _TRACE = "pkg.torch.onnx.name_scopes", "pkg.torch.onnx.stack_trace"
@@ -281,12 +281,13 @@ class Graph(gs.Graph):
             if tensor.name in weights and (tensor.name not in large or tensor.name not in top_level):
                 _clear_external(tensor)
                 tensor.raw_data = _bytes(weights[tensor.name])
+        inputs = {i.name for i in model.graph.input}
         fed = {}
         for tensor in model.graph.initializer:
             if tensor.name in large:
                 fed[tensor.name] = large[tensor.name]
-                info = onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
-                model.graph.input.append(info)
+                if tensor.name not in inputs:
+                    model.graph.input.append(_info(tensor))
         kept = [t for t in model.graph.initializer if t.name not in fed]
         del model.graph.initializer[:]
         model.graph.initializer.extend(kept)
@@ -298,7 +299,9 @@ class Graph(gs.Graph):
         light = self.copy()
         for tensor in light._constants():
             values = tensor._values
-            if isinstance(values, np.ndarray) and tensor.export_dtype == values.dtype and tensor.name:
+            if isinstance(values, np.ndarray) and values.dtype.kind in "OUS":
+                tensor._values = LazyValues(onnx.numpy_helper.from_array(values, tensor.name))  # strings have no bytes
+            elif isinstance(values, np.ndarray) and tensor.export_dtype == values.dtype and tensor.name:
                 weights[tensor.name] = values
                 tensor._values = _Elsewhere(tensor.name, values)
         model = gs.export_onnx(light, do_type_check=False)
@@ -308,6 +311,8 @@ class Graph(gs.Graph):
         model.functions.extend(self.function_protos)
         onnx.helper.set_model_props(model, self.metadata)
         model.model_version = self.model_version
+        if 0 < model.ir_version < 4:  # initializers had to be inputs then
+            model.graph.input.extend(_info(t) for t in model.graph.initializer)
         return model, weights
 
     def save(self, path: str | os.PathLike[str], *, external: bool | None = None) -> list[Path]:
@@ -735,6 +740,10 @@ def _copied(proto):
 def _one_line(error: BaseException, limit: int = 300) -> str:
     text = " ".join(str(error).split())
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def _info(tensor: onnx.TensorProto) -> onnx.ValueInfoProto:
+    return onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims))
 
 
 def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:

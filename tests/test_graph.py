@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -341,3 +342,40 @@ def test_sole_consumer_counts_outputs_and_repeated_reads():
     assert graph.sole_consumer(relu.outputs[0]) is None, "a model output has the caller as reader"
     relu.op, relu.inputs = "Add", [conv.outputs[0], conv.outputs[0]]
     assert graph.sole_consumer(conv.outputs[0]) is None
+
+
+def test_models_of_ir_3_list_their_initializers_as_inputs(tmp_path):
+    model = conv_model()
+    model.ir_version, model.opset_import[0].version = 3, 8
+    del model.graph.node[0].metadata_props[:]
+    model.graph.input.append(helper.make_tensor_value_info("w", TensorProto.FLOAT, [600, 3, 3, 3]))
+    onnx.checker.check_model(model)
+    onnx.save(model, tmp_path / "old.onnx")
+    graph = Graph.load(tmp_path / "old.onnx")
+    graph.check()
+    assert names(graph.signature().inputs) == ["x"]
+    graph.save(tmp_path / "new.onnx")
+    again = onnx.load(tmp_path / "new.onnx")
+    onnx.checker.check_model(again)
+    assert again.ir_version == 3 and names(again.graph.input) == ["x", "w"]
+    feeds = {"x": np.ones((1, 3, 8, 8), np.float32)}
+    assert np.array_equal(oracle.run(graph, feeds)["y"], oracle.run(Graph.load(tmp_path / "new.onnx"), feeds)["y"])
+
+
+def test_string_and_packed_weights_survive(tmp_path):
+    values = {
+        "words": np.array(["a", "bc", "déf"], object),
+        "nibbles": np.array([1, -2, 3, 7, -8], ml_dtypes.int4),
+        "brain": np.array([1.5, -2.25], ml_dtypes.bfloat16),
+    }
+    nodes = [helper.make_node("Identity", [n], [f"{n}_out"]) for n in values]
+    protos = [numpy_helper.from_array(v, n) for n, v in values.items()]
+    outputs = [helper.make_tensor_value_info(f"{p.name}_out", p.data_type, list(p.dims)) for p in protos]
+    graph = helper.make_graph(nodes, "g", [], outputs, initializer=protos)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "s.onnx")
+    for external in (False, True):
+        loaded = Graph.load(tmp_path / "s.onnx")
+        loaded.check()
+        loaded.save(tmp_path / "t.onnx", external=external)
+        found = Graph.load(tmp_path / "t.onnx").constants()
+        assert {n: v.tolist() for n, v in found.items()} == {n: v.tolist() for n, v in values.items()}
