@@ -109,7 +109,8 @@ def file_digest(path: Path) -> str:
 def write_probe(folder: Path, feeds: Feeds, reference: Feeds) -> None:
     """Write ``probe.npz``; arrays of Python objects (strings) are left out, they cannot be stored safely."""
     arrays = {f"in:{k}": v for k, v in feeds.items()} | {f"out:{k}": v for k, v in reference.items()}
-    np.savez(folder / PROBE, **{k: v for k, v in arrays.items() if v.dtype != object})
+    stored: dict[str, Any] = {k: v for k, v in arrays.items() if v.dtype != object}
+    np.savez(folder / PROBE, **stored)
 
 
 def write_manifest(folder: Path, engine: EngineManifest, **fields: Any) -> dict[str, Any]:

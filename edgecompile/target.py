@@ -6,7 +6,7 @@ A target lowers what the graph says and nothing else; it lives in ``edgecompile.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -91,7 +91,7 @@ class Engine(ABC):
         """Outputs by name, in the model's order."""
 
     @abstractmethod
-    def call(self, feeds: Mapping[str, np.ndarray]):
+    def call(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """A function without arguments that executes the engine once on ``feeds``, with little overhead."""
 
     @abstractmethod
