@@ -203,8 +203,8 @@ class Graph(gs.Graph):
         graph.model_version = model.model_version
         for node, props in zip(graph.walk(), names, strict=True):
             node.provenance = _read_provenance(node, {p.key: p.value for p in props})  # type: ignore[attr-defined]
-        for node in graph.walk():
-            if not provenance(node).metadata and not provenance(node).modules:
+        for node, props in zip(graph.walk(), names, strict=True):
+            if not props and not provenance(node).modules:
                 # The exporter's own optimiser makes nodes without metadata; they belong with what they work on.
                 modules = next((provenance(p).modules for t in node.inputs for p in t.inputs[:1]), ())
                 node.provenance = replace(provenance(node), modules=modules)  # type: ignore[attr-defined]

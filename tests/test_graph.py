@@ -379,3 +379,14 @@ def test_string_and_packed_weights_survive(tmp_path):
         loaded.save(tmp_path / "t.onnx", external=external)
         found = Graph.load(tmp_path / "t.onnx").constants()
         assert {n: v.tolist() for n, v in found.items()} == {n: v.tolist() for n, v in values.items()}
+
+
+def test_nodes_without_metadata_belong_with_what_they_work_on_but_only_once(tmp_path):
+    onnx.save(conv_model(), tmp_path / "a.onnx")
+    graph = Graph.load(tmp_path / "a.onnx")
+    assert provenance(graph.nodes[1]).modules == ("stem.conv",), "the Relu has no metadata of its own"
+    graph.nodes[1].provenance = Provenance((), ("relu",))
+    graph.save(tmp_path / "b.onnx")
+    assert provenance(Graph.load(tmp_path / "b.onnx").nodes[1]).modules == (), (
+        "what we have written is not guessed anew"
+    )
