@@ -268,10 +268,8 @@ class Pipeline:
                     outputs = [oracle.run(graph, f) for f in feeds or ()]
                     errors = oracle.worst(map(oracle.compare_all, reference, outputs))
                     failure = step_pass.reject(errors, rounding)
-            except EdgecompileError as error:
-                failure = "; ".join(filter(None, (error.what, error.why)))
             except Exception as error:  # a pass is code of others: whatever it raises, the graph must survive
-                failure = f"{type(error).__name__}: {error}"
+                failure = _reason(error)
             if failure:
                 graph.assign(backup)
                 context.applied = applied
@@ -294,6 +292,13 @@ class Pipeline:
             if on_step:
                 on_step(steps[-1], graph)
         return Trace(tuple(steps))
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without the advice that is meant for a user's command."""
+    if isinstance(error, EdgecompileError):
+        return "; ".join(filter(None, (error.what, error.why)))
+    return f"{type(error).__name__}: {error}"
 
 
 def _rounding(
@@ -354,10 +359,8 @@ def bisect(
                 trial.check(signature)
                 outputs = [oracle.run(trial, f) for f in feeds]
                 why = step_pass.reject(oracle.worst(map(oracle.compare_all, reference, outputs)), rounding)
-            except EdgecompileError as error:
-                why = "; ".join(filter(None, (error.what, error.why)))
             except Exception as error:  # as in Pipeline.run
-                why = f"{type(error).__name__}: {error}"
+                why = _reason(error)
             if why:
                 return why, context
         return "", context
