@@ -12,10 +12,13 @@ the unit of evidence.
 from __future__ import annotations
 
 import gc
+import io
+import json
 import math
 import os
 import platform
 import time
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -24,10 +27,15 @@ from typing import Any
 
 import numpy as np
 
+from edgecompile.errors import InputError
+from edgecompile.files import write_atomic
+
 CLOCKS: Mapping[str, Callable[[], int]] = {"thread_cpu": time.thread_time_ns, "wall": time.perf_counter_ns}
 
 # The largest of n samples lies above the 99th percentile with probability 1 - 0.99**n, which first reaches 99 % here.
 P99_SAMPLES = 459
+SAMPLES_SCHEMA = "edgecompile.samples/1"
+_ARRAYS = ("seconds", "rounds", "sessions")
 _WARM_AGREEMENT, _WARM_SECONDS, _WARM_CALLS = 0.03, 2.0, 3
 
 
@@ -91,6 +99,51 @@ class Samples:
             "load_before": self.load[0],
             "load_after": self.load[1],
         }
+
+
+def save(path: Path, samples: Mapping[str, Samples], **facts: Any) -> None:
+    """Write raw samples, exactly, as one ``.npz`` file.
+
+    Args:
+        path: the file; written whole or not at all.
+        samples: by name; the arrays are stored as ``NUMBER.FIELD`` in this order.
+        facts: whatever else belongs to them, ready for JSON.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    arrays: dict[str, Any] = {}
+    described = []
+    for number, (name, one) in enumerate(samples.items()):
+        fields = vars(one)
+        arrays |= {f"{number}.{key}": fields[key] for key in _ARRAYS if fields[key] is not None}
+        described.append({"name": name, **{k: v for k, v in fields.items() if k not in _ARRAYS}})
+    text = json.dumps({"schema": SAMPLES_SCHEMA, "samples": described, "facts": facts})
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, header=np.frombuffer(text.encode(), np.uint8), **arrays)
+    write_atomic(path, [buffer.getbuffer()])
+
+
+def load(path: Path) -> tuple[dict[str, Samples], dict[str, Any]]:
+    """Read what :func:`save` wrote: the samples by name, and the facts.
+
+    Raises:
+        InputError: the file is missing, damaged or something else.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            header = json.loads(stored["header"].tobytes())
+            if header["schema"] != SAMPLES_SCHEMA:
+                raise ValueError(f"its schema is {header['schema']!r}, not {SAMPLES_SCHEMA!r}")
+            found = {}
+            for number, one in enumerate(header["samples"]):
+                arrays = {key: stored[f"{number}.{key}"] for key in _ARRAYS if f"{number}.{key}" in stored.files}
+                name = str(one.pop("name"))
+                found[name] = Samples(**{**one, **arrays, "load": tuple(one["load"])})
+            return found, dict(header["facts"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        why = "it does not exist" if isinstance(error, FileNotFoundError) else str(error)
+        raise InputError(f"{path} cannot be read as recorded samples", why, "give the samples.npz of a run") from None
 
 
 @dataclass(frozen=True)
@@ -229,11 +282,11 @@ def interleave_sessions(
             )
         if progress is not None:
             progress((number + 1) / sessions)
-    return {name: _joined([run[name] for run in runs]) for name in runs[0]}
+    return {name: joined([run[name] for run in runs]) for name in runs[0]}
 
 
-def _joined(runs: Sequence[Samples]) -> Samples:
-    """The samples of one arm from all sessions."""
+def joined(runs: Sequence[Samples]) -> Samples:
+    """The samples of one arm from successive sessions, as if taken in one run; sessions are numbered from 0."""
     firsts = np.cumsum([0, *(int(r.rounds[-1]) + 1 for r in runs[:-1])])
     return replace(
         runs[0],
@@ -254,27 +307,56 @@ def ratio(candidate: Samples, baseline: Samples, confidence: float = 0.95) -> Ra
     Raises:
         ValueError: the arms have no round in common.
     """
-    ours, theirs = _round_medians(candidate), _round_medians(baseline)
+    ours, theirs = _rounds(candidate, np.median), _rounds(baseline, np.median)
     common = sorted(ours.keys() & theirs.keys())
     if not common:
         raise ValueError(f"{candidate.label!r} and {baseline.label!r} were not measured in one run")
-    by_session: dict[int, list[float]] = {}
+    of_session: dict[int, list[float]] = {}
     for number in common:
         session = 0
         if candidate.sessions is not None:
             session = int(candidate.sessions[np.searchsorted(candidate.rounds, number)])
-        by_session.setdefault(session, []).append(ours[number] / theirs[number])
-    pairs = list(by_session.values())
+        of_session.setdefault(session, []).append(ours[number] / theirs[number])
+    pairs = list(of_session.values())
     ratios = np.sort([float(np.median(p)) for p in pairs] if len(pairs) > 1 else pairs[0])
     n = len(ratios)
     rank, coverage = _sign_interval(n, confidence)
     return Ratio(float(np.median(ratios)), float(ratios[rank - 1]), float(ratios[n - rank]), coverage, n)
 
 
-def _round_medians(samples: Samples) -> dict[int, float]:
+def log_ratio(candidate: Samples, baseline: Samples) -> float:
+    """What one pair of sessions says: the median over its rounds of log(q25 of the candidate / q25 of the baseline).
+
+    The lower quartile of a block is hardly moved by what else the machine does, and the two blocks of a round see the
+    same machine.
+
+    Raises:
+        ValueError: the arms have no round in common.
+    """
+    ours, theirs = _rounds(candidate, _lower_quartile), _rounds(baseline, _lower_quartile)
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        raise ValueError(f"{candidate.label!r} and {baseline.label!r} were not measured in one run")
+    return float(np.median([math.log(ours[number] / theirs[number]) for number in common]))
+
+
+def by_session(samples: Samples) -> list[Samples]:
+    """The samples of each session, in order."""
+    if samples.sessions is None:
+        return [samples]
+    parts = [samples.sessions == number for number in np.unique(samples.sessions)]
+    return [replace(samples, seconds=samples.seconds[p], rounds=samples.rounds[p], sessions=None) for p in parts]
+
+
+def _rounds(samples: Samples, statistic: Callable[[np.ndarray], float]) -> dict[int, float]:
+    """A statistic of each round's block, by number of the round."""
     starts = np.flatnonzero(np.diff(samples.rounds, prepend=-1))
     blocks = np.split(samples.seconds, starts[1:])
-    return {int(samples.rounds[s]): float(np.median(b)) for s, b in zip(starts, blocks, strict=True)}
+    return {int(samples.rounds[s]): float(statistic(b)) for s, b in zip(starts, blocks, strict=True)}
+
+
+def _lower_quartile(block: np.ndarray) -> float:
+    return float(np.percentile(block, 25))
 
 
 def _sign_interval(n: int, confidence: float) -> tuple[int, float]:

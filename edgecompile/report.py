@@ -1,18 +1,15 @@
 """What a build did, proved and measured: one document as JSON, terminal table, Markdown and one HTML page.
 
-The JSON form is described by ``schemas/report.schema.json``. JSON has no infinity: numbers that are not finite are the
-strings ``"inf"``, ``"-inf"`` and ``"nan"``. ``verdict`` and the ``status`` of a pass follow from the rest of the
+The JSON form is described by ``schemas/report.schema.json``; numbers that are not finite are written as
+:mod:`edgecompile.documents` says. ``verdict`` and the ``status`` of a pass follow from the rest of the
 document; they are written for readers and ignored when a report is read back.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import types
-import typing
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgecompile import __version__
+from edgecompile import __version__, documents
 from edgecompile.bundle import file_digest
 from edgecompile.errors import InputError
 from edgecompile.files import write_atomic
@@ -396,8 +393,8 @@ class Report:
     # -- the document ---------------------------------------------------------------------------------------------
 
     def to_json(self) -> dict[str, Any]:
-        """The report as a JSON document; see the head of this module for numbers that are not finite."""
-        return _encode(self)
+        """The report as a JSON document."""
+        return documents.encode(self, _DERIVED)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Report:
@@ -412,8 +409,8 @@ class Report:
                 f"this is not a report of the schema {SCHEMA}", f"its schema is {found!r}", "build the bundle again"
             )
         try:
-            return _decode(cls, document, "report")
-        except _Malformed as error:
+            return documents.decode(cls, document, "report", _DERIVED)
+        except documents.Malformed as error:
             raise InputError("the report cannot be read", str(error), "build the bundle again") from None
 
     def write(self, folder: Path) -> None:
@@ -516,71 +513,11 @@ def by_module(layers: Sequence[LayerTime]) -> list[ModuleTime]:
 
 # -- JSON ------------------------------------------------------------------------------------------------------------
 
-_NOT_FINITE = {"inf": math.inf, "-inf": -math.inf, "nan": math.nan}
-_DERIVED: dict[type, dict[str, Callable[[Any], Any]]] = {  # written, but not read back
+_DERIVED: documents.Derived = {
     Report: {"schema": lambda _: SCHEMA, "verdict": lambda report: report.verdict},
     Step: {"status": status},
     Parity: {"ok": lambda parity: parity.ok},
 }
-
-
-class _Malformed(Exception):
-    """A document does not have the form of a report."""
-
-
-def _encode(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        derived = {name: follow(value) for name, follow in _DERIVED.get(type(value), {}).items()}
-        return _encode(derived | {f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
-    if isinstance(value, Mapping):
-        return {str(k): _encode(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(v) for v in value]
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float):
-        return value if math.isfinite(value) else str(value)
-    return value if value is None or isinstance(value, (bool, int, str)) else str(value)
-
-
-def _decode(kind: Any, value: Any, place: str) -> Any:
-    """Make ``value`` what the annotation ``kind`` says; ``place`` is how errors name it."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (types.UnionType, typing.Union):
-        return _decode_union(arguments, value, place)
-    if dataclasses.is_dataclass(kind) and isinstance(value, Mapping):
-        return _decode_fields(kind, value, place)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_decode(arguments[0], v, f"{place}[{i}]") for i, v in enumerate(value))
-    if origin is Mapping and isinstance(value, Mapping):
-        return {k: _decode(arguments[1], v, f"{place}.{k}") for k, v in value.items()}
-    if kind is float and isinstance(value, str) and value in _NOT_FINITE:
-        return _NOT_FINITE[value]
-    if kind is float and type(value) in (int, float):
-        return float(value)
-    if kind in (str, int, bool, type(None)) and type(value) is kind:
-        return value
-    raise _Malformed(f"{place} should be {getattr(kind, '__name__', kind)}")
-
-
-def _decode_fields(kind: Any, value: Mapping[str, Any], place: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    names = {f.name for f in dataclasses.fields(kind)}
-    if wrong := (value.keys() - _DERIVED.get(kind, {}).keys()) ^ names:
-        raise _Malformed(f"{place} lacks or should not have {', '.join(sorted(wrong))}")
-    return kind(**{name: _decode(hints[name], value[name], f"{place}.{name}") for name in names})
-
-
-def _decode_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:
-    reasons = []
-    for kind in kinds:
-        try:
-            return _decode(kind, value, place)
-        except _Malformed as error:
-            reasons.append(str(error))
-    raise _Malformed(reasons[0])
 
 
 def _severity(relative: float) -> float:
