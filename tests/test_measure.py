@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from edgecompile import measure
+from edgecompile.errors import InputError
 from edgecompile.measure import P99_SAMPLES, Samples, interleave, ratio
 
 MATRIX = np.random.default_rng(0).standard_normal((48, 48)).astype(np.float32)
@@ -288,3 +289,75 @@ def test_sessions_are_the_unit_of_evidence():
     }
     alone = measure.ratio(first["a"], first["b"])
     assert alone.low > 1, "one pair alone would have claimed a difference"
+
+
+# -- one pair of sessions ----------------------------------------------------------------------------------------------
+
+
+def test_log_ratio_is_the_median_over_rounds_of_the_blocks_lower_quartiles():
+    base = synthetic("base", [1, 2, 3, 4, 5, 10, 20, 30, 40, 50], [0] * 5 + [1] * 5)
+    slower = synthetic("slower", [4, 2, 6, 8, 10, 20, 40, 60, 80, 100], [0] * 5 + [1] * 5)
+    assert measure.log_ratio(slower, base) == pytest.approx(np.log(2))
+    assert measure.log_ratio(base, slower) == -measure.log_ratio(slower, base)
+
+
+def test_log_ratio_does_not_see_slow_calls_that_are_few():
+    base = synthetic("base", np.ones(100), np.repeat(range(10), 10))
+    disturbed = synthetic("disturbed", np.tile([1, 1, 1, 1, 1, 1, 9, 9, 9, 9], 10), np.repeat(range(10), 10))
+    assert measure.log_ratio(disturbed, base) == 0
+    assert measure.log_ratio(synthetic("all", np.full(100, 9.0), disturbed.rounds), base) == pytest.approx(np.log(9))
+
+
+def test_log_ratio_refuses_arms_of_different_runs():
+    with pytest.raises(ValueError, match="not measured in one run"):
+        measure.log_ratio(synthetic("a", [1.0], [0]), synthetic("b", [1.0], [1]))
+
+
+# -- storing samples ---------------------------------------------------------------------------------------------------
+
+
+def recorded() -> dict[str, Samples]:
+    rng = np.random.default_rng(3)
+    first = [Samples("x", "thread_cpu", rng.random(5), 1, np.array([0, 0, 1, 1, 2]), 1e-7, (0.1, 0.3)) for _ in "ab"]
+    return {"1:engine": measure.joined(first), "odd/ name\n": synthetic("plain", rng.random(3))}
+
+
+def test_samples_come_back_bit_for_bit(tmp_path):
+    samples = recorded()
+    measure.save(tmp_path / "samples.npz", samples, plan={"alpha": 0.1 + 0.2}, names=["a"])
+    found, facts = measure.load(tmp_path / "samples.npz")
+    assert facts == {"plan": {"alpha": 0.1 + 0.2}, "names": ["a"]}
+    assert list(found) == list(samples)
+    for name, one in samples.items():
+        for field in dataclasses.fields(Samples):
+            np.testing.assert_array_equal(getattr(found[name], field.name), getattr(one, field.name))
+            assert type(getattr(found[name], field.name)) is type(getattr(one, field.name))
+
+
+def test_sessions_are_taken_apart_as_they_were_joined():
+    joined = recorded()["1:engine"]
+    parts = measure.by_session(joined)
+    assert [list(p.rounds) for p in parts] == [[0, 0, 1, 1, 2], [3, 3, 4, 4, 5]]
+    np.testing.assert_array_equal(np.concatenate([p.seconds for p in parts]), joined.seconds)
+    assert all(p.sessions is None for p in parts)
+    alone = synthetic("x", [1.0])
+    assert measure.by_session(alone) == [alone]
+
+
+def test_what_is_not_a_recording_is_refused(tmp_path):
+    path = tmp_path / "samples.npz"
+    for spoil in (
+        lambda: path.write_bytes(b"nothing"),
+        lambda: np.savez(path, other=np.ones(3)),
+        lambda: np.savez(path, header=np.frombuffer(b'{"schema": "other"}', np.uint8)),
+        lambda: np.savez(path, header=np.frombuffer(b"[]", np.uint8)),
+        lambda: np.savez(path, header=np.array([{}], dtype=object)),
+        path.unlink,
+    ):
+        spoil()
+        with pytest.raises(InputError, match="cannot be read as recorded samples"):
+            measure.load(path)
+    measure.save(path, recorded())
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(InputError):
+        measure.load(path)
