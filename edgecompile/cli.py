@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import sys
 import tempfile
@@ -15,12 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgecompile import __version__
+from edgecompile import __version__, terminal
 from edgecompile.errors import EdgecompileError, InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from edgecompile.frontend import Source
 
 _TROUBLE, _INTERRUPTED = 70, 130
@@ -68,12 +65,7 @@ class _Group(click.Group):
 def _complain(what: str, why: str = "", fix: str = "") -> None:
     lines = [f"error: {what}"] + [f"  {k}: {v}" for k, v in (("why", why), ("fix", fix)) if v]
     for line in lines:
-        click.echo(printable(line), err=True)
-
-
-def printable(text: str) -> str:
-    """``text`` on one line, control and direction-changing characters escaped: names may come from a hostile model."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+        click.echo(terminal.printable(line), err=True)
 
 
 @click.group(
@@ -147,14 +139,14 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
     )
     if options.passes is None and not bundle.is_bundle(given["source"]):
         driver.pipeline_spec(options)  # a wrong target or precision fails before the export
-    with _progress() as say, _source(given, say) as source:
+    with terminal.progress() as say, _source(given, say) as source:
         made = driver.build(source, given["output"] or driver.default_output(source.name), options, say)
     document = json.loads((made.path / "report.json").read_text())
     if given["as_json"]:
-        _print_json(document)
+        terminal.print_json(document)
         return
-    report.Report.from_json(document).print_table(_console())
-    _console().print(
+    report.Report.from_json(document).print_table(terminal.console())
+    terminal.console().print(
         f"\n[bold]{made.path}[/]  engine, model.onnx, report.html, report.md, report.json", highlight=False
     )
 
@@ -181,7 +173,7 @@ def opt(
         raise InputError(f"cannot write {output}", "it is a folder", "give the name of an .onnx file")
     pipeline = Pipeline.parse(passes or _exact_passes())
     graph = Graph.load(model)
-    with _progress() as say:
+    with terminal.progress() as say:
         trace = pipeline.run(
             graph, _given_feeds(graph, inputs, seed), strict=strict, limit=limit, verify=not no_verify, progress=say
         )
@@ -189,10 +181,10 @@ def opt(
         graph.save(output)
     steps = [_step_row(s) for s in trace.steps]
     if as_json:
-        _print_json({"schema": "edgecompile.opt/1", "output": str(output), "steps": steps})
+        terminal.print_json({"schema": "edgecompile.opt/1", "output": str(output), "steps": steps})
         return
-    console = _console()
-    console.print(_table(f"{model} -> {output}", steps))
+    console = terminal.console()
+    console.print(terminal.table(f"{model} -> {output}", steps))
     for step in trace.steps:
         for note in step.notes:
             console.print(f"  {step.spec}: {note}", markup=False, highlight=False)
@@ -218,7 +210,7 @@ def verify(
     """Are A and B the same function? Each is a bundle, an ONNX file, model.py or a zoo name. Exit 1 if not."""
     from edgecompile import verify as checker
 
-    with _progress() as say:
+    with terminal.progress() as say:
         a, feeds = _graph(first, inputs, seed, say)
         b, _ = _graph(second, inputs, seed, say)
         say("comparing")
@@ -226,7 +218,7 @@ def verify(
     outputs = {n: e.as_dict() for n, e in verdict.outputs.items()}
     worst = [{"tensor": r.tensor, "op": r.op, "module": r.module, **r.error.as_dict()} for r in verdict.layers[:layers]]
     if as_json:
-        _print_json(
+        terminal.print_json(
             {
                 "schema": "edgecompile.verify/1",
                 "same": verdict.same,
@@ -236,11 +228,11 @@ def verify(
             }
         )
     else:
-        console = _console()
+        console = terminal.console()
         console.print("[green]same function[/]" if verdict.same else "[red]not the same function[/]")
-        console.print(_table("outputs", [{"output": n, **e} for n, e in outputs.items()]))
+        console.print(terminal.table("outputs", [{"output": n, **e} for n, e in outputs.items()]))
         if worst:
-            console.print(_table("layers that both compute, worst first", worst))
+            console.print(terminal.table("layers that both compute, worst first", worst))
     sys.exit(0 if verdict.same else 1)
 
 
@@ -256,16 +248,16 @@ def bisect(model: Path, passes: str | None, inputs: tuple[str, ...], seed: int, 
     from edgecompile.graph import Graph
 
     graph = Graph.load(model)
-    with _progress() as say:
+    with terminal.progress() as say:
         spec = pipeline.Pipeline.parse(passes or _exact_passes())
         culprit = pipeline.bisect(graph, spec, _given_feeds(graph, inputs, seed), say)
     if as_json:
         found = culprit and {**vars(culprit.rewrite), "why": culprit.why, "total": culprit.total}
-        _print_json({"schema": "edgecompile.bisect/1", "culprit": found})
+        terminal.print_json({"schema": "edgecompile.bisect/1", "culprit": found})
     elif culprit is None:
         click.echo("every rewrite keeps the function")
     else:
-        click.echo(printable(f"{culprit.rewrite} (of {culprit.total}): {culprit.why}"))
+        click.echo(terminal.printable(f"{culprit.rewrite} (of {culprit.total}): {culprit.why}"))
         click.echo(f"run up to it with: edgecompile opt {model} -o good.onnx --limit {culprit.rewrite.number - 1}")
     sys.exit(0 if culprit is None else 1)
 
@@ -283,7 +275,7 @@ def inspect(
     """Ops, parameters, MACs, bytes and module tree of a bundle, an ONNX file or a SOURCE."""
     from edgecompile import stats
 
-    with _progress() as say:
+    with terminal.progress() as say:
         graph, feeds = _graph(source, inputs, seed, say, dynamic)
     shape_feeds = feeds[0] if feeds else None
     total, ops = stats.count(graph, shape_feeds), stats.ops(graph)
@@ -300,7 +292,7 @@ def inspect(
         for p in found
     ]
     if as_json:
-        _print_json(
+        terminal.print_json(
             {
                 "schema": "edgecompile.inspect/1",
                 **total.as_dict(),
@@ -312,15 +304,15 @@ def inspect(
             }
         )
         return
-    console = _console()
+    console = terminal.console()
     console.print(
-        f"[bold]{_escape(source)}[/]  {total.nodes} nodes, {total.parameters:,} parameters, "
-        f"{_si(total.macs)}MACs, {total.bytes / 2**20:.1f} MiB, opset {graph.opsets.get('', '?')}",
+        f"[bold]{terminal.escape(source)}[/]  {total.nodes} nodes, {total.parameters:,} parameters, "
+        f"{terminal.si(total.macs)}MACs, {total.bytes / 2**20:.1f} MiB, opset {graph.opsets.get('', '?')}",
         highlight=False,
     )
-    console.print(_table("", ports))
-    console.print(_table("ops", [{"op": op, "nodes": n} for op, n in ops.items()]))
-    console.print(_table("modules", [vars(m) | {"macs": _si(m.macs)} for m in modules]))
+    console.print(terminal.table("", ports))
+    console.print(terminal.table("ops", [{"op": op, "nodes": n} for op, n in ops.items()]))
+    console.print(terminal.table("modules", [vars(m) | {"macs": terminal.si(m.macs)} for m in modules]))
 
 
 @main.command(epilog="\b\nExample:\n  edgecompile passes")
@@ -337,12 +329,12 @@ def passes(as_json: bool) -> None:
         options = {f.name: f.default for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         rows.append({"name": name, "exact": cls.exact, "options": options, "what": _summary(cls)})
     if as_json:
-        _print_json({"schema": "edgecompile.passes/1", "passes": rows})
+        terminal.print_json({"schema": "edgecompile.passes/1", "passes": rows})
         return
     for row in rows:
         row["options"] = ", ".join(f"{k}={v}" for k, v in row["options"].items()) or "-"
         row["exact"] = "yes" if row["exact"] else "no"
-    _console().print(_table("", rows))
+    terminal.console().print(terminal.table("", rows))
 
 
 @main.command(epilog="\b\nExample:\n  edgecompile models")
@@ -356,9 +348,9 @@ def models(as_json: bool) -> None:
         for n, e in ZOO.items()
     ]
     if as_json:
-        _print_json({"schema": "edgecompile.models/1", "models": rows})
+        terminal.print_json({"schema": "edgecompile.models/1", "models": rows})
     else:
-        _console().print(_table("", rows))
+        terminal.console().print(terminal.table("", rows))
 
 
 @main.command(epilog="\b\nExample:\n  edgecompile doctor")
@@ -368,9 +360,9 @@ def doctor(as_json: bool) -> None:
     from edgecompile import doctor as checks
 
     if as_json:
-        _print_json(checks.as_dict())
+        terminal.print_json(checks.as_dict())
     else:
-        checks.render(_console())
+        checks.render(terminal.console())
 
 
 # -- helpers ---------------------------------------------------------------------------------------------------------
@@ -467,7 +459,7 @@ def _step_row(step) -> dict[str, Any]:
         "rewrites": len(step.rewrites),
         "nodes": f"{step.before.nodes} -> {step.after.nodes}",
         "parameters": step.after.parameters,
-        "MACs": _si(step.after.macs),
+        "MACs": terminal.si(step.after.macs),
         "error": "not compared" if error is None else f"{error:.1e}",
         "result": "rolled back" if step.failure else "kept" if step.rewrites else "nothing to do",
     }
@@ -475,71 +467,3 @@ def _step_row(step) -> dict[str, Any]:
 
 def _summary(cls: type) -> str:
     return (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
-
-
-def _si(value: float | None) -> str:
-    if value is None:
-        return "? "
-    for unit in ("", "k", "M", "G", "T"):
-        if abs(value) < 1000:
-            return f"{value:.4g} {unit}"
-        value /= 1000
-    return f"{value:.4g} P"
-
-
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(soft_wrap=False)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(printable(text))
-
-
-def _table(title: str, rows: list[dict[str, Any]]):
-    from rich import box
-    from rich.table import Table
-
-    table = Table(title=_escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD)
-    for key in rows[0] if rows else ():
-        table.add_column(key, justify="right" if isinstance(rows[0][key], (int, float)) else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(_cell(v) for v in row.values()))
-    return table
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}"
-    return f"{value:,}" if isinstance(value, int) else _escape(str(value))
-
-
-def _print_json(document: Any) -> None:
-    click.echo(json.dumps(_finite(document), indent=1))
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no infinity: replace non-finite numbers by their names."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """A spinner with elapsed time on a terminal, plain lines on stderr elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda text: click.echo(f"... {printable(text)}", err=True)
-        return
-    from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda text: bar.update(task, description=_escape(text))

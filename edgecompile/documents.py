@@ -12,8 +12,6 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
-
 # Class -> names that are written for readers, and how they follow from the rest; they are not read back.
 Derived = Mapping[type, Mapping[str, Callable[[Any], Any]]]
 
@@ -33,7 +31,7 @@ def encode(value: Any, derived: Derived) -> Any:
         return {str(k): encode(v, derived) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [encode(v, derived) for v in value]
-    if isinstance(value, np.generic):
+    if hasattr(value, "item"):  # a numpy scalar; numpy itself would make `--help` slow
         value = value.item()
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)

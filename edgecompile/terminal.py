@@ -1,0 +1,86 @@
+"""What the commands print with: tables, JSON, progress; names that come from a model are escaped everywhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from edgecompile import documents
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, control and direction-changing characters escaped: names may come from a hostile model."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def si(value: float | None) -> str:
+    """A number to four digits with its SI prefix and a space, ``1.25 G``; ``?`` for None."""
+    if value is None:
+        return "? "
+    for unit in ("", "k", "M", "G", "T"):
+        if abs(value) < 1000:
+            return f"{value:.4g} {unit}"
+        value /= 1000
+    return f"{value:.4g} P"
+
+
+def console() -> Console:
+    """Where tables for people go."""
+    from rich.console import Console
+
+    return Console(soft_wrap=False)
+
+
+def escape(text: str) -> str:
+    """:func:`printable`, and safe to print where rich reads markup."""
+    from rich import markup
+
+    return markup.escape(printable(text))
+
+
+def table(title: str, rows: list[dict[str, Any]]) -> Table:
+    """Rows as a table: their keys are the columns, numbers stand right."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for key in rows[0] if rows else ():
+        made.add_column(key, justify="right" if isinstance(rows[0][key], (int, float)) else "left", overflow="fold")
+    for row in rows:
+        made.add_row(*(_cell(v) for v in row.values()))
+    return made
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}"
+    return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+
+def print_json(document: Any) -> None:
+    """Print a document for machines on stdout."""
+    click.echo(json.dumps(documents.encode(document, {}), indent=1))
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A spinner with elapsed time on a terminal, plain lines on stderr elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda text: click.echo(f"... {printable(text)}", err=True)
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda text: bar.update(task, description=escape(text))
