@@ -19,7 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from edgecompile import measure, sequential
+from edgecompile import measure, render_text, sequential
 from edgecompile.errors import InputError
 from edgecompile.measure import Samples
 from edgecompile.sequential import Look, Plan
@@ -32,6 +32,7 @@ BUDGET_SESSIONS = 10  # of a candidate that is only held against a budget
 BUDGETS: Mapping[str, tuple[str, str, bool]] = {
     "engine_size": ("engine size", "bytes", False),
     "build_time": ("build time", "s", False),
+    "parity": ("error against its own source", "relative error", False),
     "accuracy": ("accuracy", "score", True),
     "peak_memory": ("peak memory", "bytes", False),
     "latency_p50": ("median latency", "s", False),
@@ -271,7 +272,7 @@ def _latency_check(subject: Subject, arm: str, found: Look, settings: Settings, 
     elif code == "holm":
         reason = f"{change} against {against} would fail alone, but not among so many comparisons"
     elif verdict == INCONCLUSIVE:
-        reason = f"{change} against {against} decides nothing; {_detectable(found.detectable, subject.facts.seconds)}"
+        reason = f"{change} against {against} decides nothing in {subject.facts.seconds:.0f} s"
     else:
         reason = f"{change} against {against}, {allowed}"
     return _compared(
@@ -282,12 +283,6 @@ def _latency_check(subject: Subject, arm: str, found: Look, settings: Settings, 
 
 
 _MOST_DROPPED = 0.2  # beyond it, the pairs that are left are no fair sample
-
-
-def _detectable(effect: float, seconds: float) -> str:
-    if math.isinf(effect):
-        return f"{seconds:.0f} s were too short to show anything"
-    return f"in {seconds:.0f} s this machine could have shown {effect:.1%}"
 
 
 def _too_few(subject: Subject, arm: str, settings: Settings) -> Check:
@@ -393,9 +388,8 @@ def _budget_check(subject: Subject, key: str, settings: Settings, **fields: Any)
 
 
 def amount(value: float, unit: str) -> str:
-    """A quantity for people: seconds as ms or us, bytes as MiB."""
-    if unit == "s":
-        return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
-    if unit == "bytes":
-        return f"{value / 2**20:.1f} MiB" if value >= 2**20 else f"{value / 2**10:.1f} KiB"
-    return f"{value:.4g}"
+    """A quantity for people, in a fitting unit."""
+    return _UNITS.get(unit, lambda number: f"{number:.4g}")(value)
+
+
+_UNITS: Mapping[str, Callable[[float], str]] = {"s": render_text.seconds, "bytes": render_text.size}

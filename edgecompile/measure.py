@@ -35,7 +35,7 @@ CLOCKS: Mapping[str, Callable[[], int]] = {"thread_cpu": time.thread_time_ns, "w
 # The largest of n samples lies above the 99th percentile with probability 1 - 0.99**n, which first reaches 99 % here.
 P99_SAMPLES = 459
 SAMPLES_SCHEMA = "edgecompile.samples/1"
-_ARRAYS = ("seconds", "rounds", "sessions")
+_ARRAYS = ("seconds", "rounds", "sessions", "wall")
 _WARM_AGREEMENT, _WARM_SECONDS, _WARM_CALLS = 0.03, 2.0, 3
 
 
@@ -52,6 +52,7 @@ class Samples:
         overhead: what an empty call costs on this clock, in seconds; it is contained in ``seconds``.
         load: one-minute load average of the machine before and after the run.
         sessions: number of the session that each call belongs to, int64 [calls]; None if there was one only.
+        wall: wall time of each call in seconds, float64 [calls], where ``clock`` is another; else None.
     """
 
     label: str
@@ -62,6 +63,7 @@ class Samples:
     overhead: float = 0.0
     load: tuple[float, float] = (0.0, 0.0)
     sessions: np.ndarray | None = None
+    wall: np.ndarray | None = None
 
     def percentile(self, q: float) -> float:
         """The ``q``-th percentile of a call, in seconds."""
@@ -211,6 +213,7 @@ def interleave(
     rng = np.random.default_rng(seed)
     names = list(calls)
     taken: dict[str, list[int]] = {name: [] for name in names}
+    walls: dict[str, list[int]] = {name: [] for name in names}
     rounds: dict[str, list[int]] = {name: [] for name in names}
     before = os.getloadavg()[0]
     with _no_garbage_collection():
@@ -221,8 +224,9 @@ def interleave(
             for name in (names[i] for i in rng.permutation(len(names))):
                 if typical[name] * 8 < block:
                     calls[name]()
-                durations = _block(calls[name], now, block)
+                durations, wall = _block(calls[name], now, block)
                 taken[name] += durations
+                walls[name] += wall
                 rounds[name] += [number] * len(durations)
             number += 1
             spent = (time.perf_counter() - start) / budget if budget > 0 else 1.0
@@ -241,6 +245,7 @@ def interleave(
             np.array(rounds[name]),
             overhead,
             load,
+            wall=None if clock == "wall" else np.array(walls[name], np.float64) / 1e9,
         )
         for name in names
     }
@@ -293,6 +298,7 @@ def joined(runs: Sequence[Samples]) -> Samples:
         seconds=np.concatenate([r.seconds for r in runs]),
         rounds=np.concatenate([r.rounds + first for r, first in zip(runs, firsts, strict=True)]),
         sessions=np.concatenate([np.full(len(r.rounds), i) for i, r in enumerate(runs)]),
+        wall=None if runs[0].wall is None else np.concatenate([r.wall for r in runs if r.wall is not None]),
         overhead=float(np.median([r.overhead for r in runs])),
         load=(runs[0].load[0], runs[-1].load[1]),
     )
@@ -345,7 +351,22 @@ def by_session(samples: Samples) -> list[Samples]:
     if samples.sessions is None:
         return [samples]
     parts = [samples.sessions == number for number in np.unique(samples.sessions)]
-    return [replace(samples, seconds=samples.seconds[p], rounds=samples.rounds[p], sessions=None) for p in parts]
+    wall = samples.wall
+    return [
+        replace(
+            samples,
+            seconds=samples.seconds[p],
+            rounds=samples.rounds[p],
+            sessions=None,
+            wall=None if wall is None else wall[p],
+        )
+        for p in parts
+    ]
+
+
+def on_wall_clock(samples: Samples) -> Samples:
+    """The same calls by the wall clock."""
+    return samples if samples.wall is None else replace(samples, clock="wall", seconds=samples.wall, wall=None)
 
 
 def _rounds(samples: Samples, statistic: Callable[[np.ndarray], float]) -> dict[int, float]:
@@ -370,17 +391,21 @@ def _sign_interval(n: int, confidence: float) -> tuple[int, float]:
     return rank, max(coverage, 0.0)
 
 
-def _block(call: Callable[[], object], now: Callable[[], int], length: int) -> list[int]:
-    """Durations in ns of calls made one after the other for ``length`` ns of wall time."""
+def _block(call: Callable[[], object], now: Callable[[], int], length: int) -> tuple[list[int], list[int]]:
+    """Durations in ns, by ``now`` and of wall time, of calls made in a row for ``length`` ns of wall time."""
     wall = time.perf_counter_ns
-    durations = []
-    end = wall() + length
+    durations, walls = [], []
+    begun = wall()
+    end = begun + length
     while True:
         start = now()
         call()
         durations.append(now() - start)
-        if wall() >= end:
-            return durations
+        stop = wall()
+        walls.append(stop - begun)
+        if stop >= end:
+            return durations, walls
+        begun = stop
 
 
 def _warm_up(call: Callable[[], object], now: Callable[[], int], block: int) -> float:
@@ -389,7 +414,7 @@ def _warm_up(call: Callable[[], object], now: Callable[[], int], block: int) -> 
     previous, made = math.inf, 0
     while True:
         start = time.perf_counter_ns()
-        durations = _block(call, now, block)
+        durations, _ = _block(call, now, block)
         typical = (time.perf_counter_ns() - start) / len(durations)
         made += len(durations)
         median = float(np.median(durations))
@@ -401,7 +426,7 @@ def _warm_up(call: Callable[[], object], now: Callable[[], int], block: int) -> 
 
 def _overhead(now: Callable[[], int]) -> float:
     """Duration of an empty call as :func:`_block` measures it, in seconds."""
-    return float(np.median(_block(lambda: None, now, 2_000_000))) / 1e9
+    return float(np.median(_block(lambda: None, now, 2_000_000)[0])) / 1e9
 
 
 @contextmanager
