@@ -249,12 +249,14 @@ def _id(subject: Subject, arm: str) -> str:
     return f"{subject.name}/{_METRICS[arm]}"
 
 
-_FEWEST_AGAIN = 4  # fewer cannot reach the level, and only disturbed pairs leave so few
+_FEWEST_AGAIN = 4  # fewer see next to nothing; only disturbed pairs leave so few
 
 
 def _machine_differs(subject: Subject, alpha: float) -> bool:
     same = subject.machine_differences()
-    return len(same) >= _FEWEST_AGAIN and sequential.aa_differs(same, subject.differences(BASELINE), alpha)
+    if len(same) < _FEWEST_AGAIN or subject.count < 2:
+        return False
+    return sequential.aa_differs(same, subject.differences(BASELINE), alpha)
 
 
 def _latency_check(subject: Subject, arm: str, found: Look, settings: Settings, unsound: bool) -> Check:
@@ -277,7 +279,7 @@ def _latency_check(subject: Subject, arm: str, found: Look, settings: Settings, 
         reason = f"{change} against {against}, {allowed}"
     return _compared(
         subject, arm, settings, verdict=verdict, reason_code=code, reason=reason,
-        estimate=math.exp(found.estimate), low=math.exp(found.low), high=math.exp(found.high), alpha=found.level,
+        estimate=math.exp(found.estimate), low=math.exp(found.low), high=math.exp(found.high), alpha=found.alpha,
         pairs=found.n, detectable=found.detectable,
     )  # fmt: skip
 
@@ -344,7 +346,10 @@ _HOW_TO_KNOW = {"accuracy": "define evaluate(run) in model.py and build it again
 
 
 def _latency_budget(subject: Subject, key: str, settings: Settings) -> Check:
-    """A budget for a percentile of the candidate's latency, at the plan's confidence."""
+    """A budget for a percentile of the candidate's latency, at the plan's confidence.
+
+    The interval of the 99th percentile takes the calls as independent, which calls of one session are not quite.
+    """
     what, unit, _ = BUDGETS[key]
     allowed, alpha = settings.budgets[key], settings.plan.alpha
     taken = subject.pairs.get(CANDIDATE, [])
@@ -354,17 +359,20 @@ def _latency_budget(subject: Subject, key: str, settings: Settings) -> Check:
     }  # fmt: skip
     if key == "latency_p99":
         found = float(np.percentile(calls, 99)) if len(calls) else None
-        if len(calls) < measure.P99_SAMPLES:
+        needed = max(measure.P99_SAMPLES, sequential.calls_needed(99, 1 - alpha))
+        if len(calls) < needed:
             return _budget_check(
                 subject, key, settings, verdict=INCONCLUSIVE, reason_code="too_few_calls", candidate=found,
                 reason=f"{len(calls)} calls in {subject.facts.seconds:.0f} s cannot show a 99th percentile; "
-                f"{measure.P99_SAMPLES} can: raise the time limit", **common,
+                f"{needed} can: raise the time limit", **common,
             )  # fmt: skip
         low, high = sequential.percentile_interval(calls, 99, 1 - 2 * alpha)
     else:
         medians = np.array([s.p50 for s in taken])
-        found = float(np.median(medians)) if len(medians) else None
-        low, high = (math.exp(v) for v in sequential.signed_rank_bounds(np.log(medians), alpha))
+        found, low, high = None, 0.0, math.inf
+        if len(medians):
+            found = float(np.median(medians))
+            low, high = (math.exp(v) for v in sequential.signed_rank_bounds(np.log(medians), alpha))
     verdict = FAIL if low > allowed else PASS if high <= allowed else INCONCLUSIVE
     code = {PASS: "within_budget", FAIL: "over_budget", INCONCLUSIVE: "time_limit"}[verdict]
     interval = f"{amount(low, unit)} to {amount(high, unit)}"
