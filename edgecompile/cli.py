@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from edgecompile import __version__, terminal
+from edgecompile import __version__, cli_measure, terminal
 from edgecompile.errors import EdgecompileError, InputError
 
 if TYPE_CHECKING:
@@ -78,7 +78,6 @@ def main() -> None:
     """PyTorch in, the fastest engine that is still the same model out."""
 
 
-_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of a table.")
 _inputs = click.option(
     "--input", "inputs", multiple=True, metavar="NAME:1x3x224x224[:float32]", help="Shape and type of an input."
 )
@@ -115,7 +114,7 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
 @_seed
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file; its [build] table gives these options.")
-@_json
+@cli_measure.json_option
 @click.pass_context
 def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
     """Compile SOURCE to a verified engine with a latency report.
@@ -135,11 +134,11 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
         strict=given["strict"],
         bench=not given["no_bench"],
         seed=given["seed"],
-        target_options=dict(_pair(o) for o in given["target_options"]),
+        target_options=dict(pair(o) for o in given["target_options"]),
     )
     if options.passes is None and not bundle.is_bundle(given["source"]):
         driver.pipeline_spec(options)  # a wrong target or precision fails before the export
-    with terminal.progress() as say, _source(given, say) as source:
+    with terminal.progress() as say, opened(given, say) as source:
         made = driver.build(source, given["output"] or driver.default_output(source.name), options, say)
     document = json.loads((made.path / "report.json").read_text())
     if given["as_json"]:
@@ -160,7 +159,7 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
 @click.option("--no-verify", is_flag=True, help="Check the structure only, not the numbers.")
 @click.option("--limit", type=int, help="Number of the last rewrite to apply.")
 @_seed
-@_json
+@cli_measure.json_option
 def opt(
     model: Path, output: Path, passes: str | None, inputs: tuple[str, ...], strict: bool, no_verify: bool,
     limit: int | None, seed: int, as_json: bool,
@@ -203,7 +202,7 @@ def opt(
 @click.option("--layers", default=5, show_default=True, help="Show this many layers, worst first.")
 @_inputs
 @_seed
-@_json
+@cli_measure.json_option
 def verify(
     first: str, second: str, tolerance: float, layers: int, inputs: tuple[str, ...], seed: int, as_json: bool
 ) -> None:
@@ -241,7 +240,7 @@ def verify(
 @_passes_option
 @_inputs
 @_seed
-@_json
+@cli_measure.json_option
 def bisect(model: Path, passes: str | None, inputs: tuple[str, ...], seed: int, as_json: bool) -> None:
     """Find the first single rewrite that changes what MODEL computes. Exit 1 if there is one."""
     from edgecompile import pipeline
@@ -268,7 +267,7 @@ def bisect(model: Path, passes: str | None, inputs: tuple[str, ...], seed: int, 
 @_inputs
 @_dynamic
 @_seed
-@_json
+@cli_measure.json_option
 def inspect(
     source: str, depth: int, inputs: tuple[str, ...], dynamic: tuple[str, ...], seed: int, as_json: bool
 ) -> None:
@@ -316,7 +315,7 @@ def inspect(
 
 
 @main.command(epilog="\b\nExample:\n  edgecompile passes")
-@_json
+@cli_measure.json_option
 def passes(as_json: bool) -> None:
     """The passes there are, with their options."""
     import dataclasses
@@ -338,7 +337,7 @@ def passes(as_json: bool) -> None:
 
 
 @main.command(epilog="\b\nExample:\n  edgecompile models")
-@_json
+@cli_measure.json_option
 def models(as_json: bool) -> None:
     """The models of the zoo."""
     from edgecompile.models import ZOO
@@ -354,7 +353,7 @@ def models(as_json: bool) -> None:
 
 
 @main.command(epilog="\b\nExample:\n  edgecompile doctor")
-@_json
+@cli_measure.json_option
 def doctor(as_json: bool) -> None:
     """What is installed, what it can do here, what is missing and how to get it."""
     from edgecompile import doctor as checks
@@ -375,7 +374,7 @@ def _exact_passes() -> str:
 
 
 @contextlib.contextmanager
-def _source(given: dict[str, Any], say: Callable[[str], None]) -> Iterator[Source]:
+def opened(given: dict[str, Any], say: Callable[[str], None]) -> Iterator[Source]:
     """Load a SOURCE with its scratch folder, which must outlive it: weights may be mapped from there."""
     from edgecompile import bundle, frontend
 
@@ -411,7 +410,7 @@ def _graph(source: str, inputs: tuple[str, ...], seed: int, say: Callable[[str],
         return graph, _given_feeds(graph, inputs, seed)
     stack = click.get_current_context().with_resource  # the scratch folder lives as long as the command
     given = {"source": source, "inputs": inputs, "dynamic": dynamic, "seed": seed}
-    loaded = stack(_source(given, say))
+    loaded = stack(opened(given, say))
     return loaded.graph, list(loaded.feeds)
 
 
@@ -445,7 +444,8 @@ def _with_config(ctx: click.Context, config: Path | None, given: dict[str, Any])
     return given
 
 
-def _pair(text: str) -> tuple[str, str]:
+def pair(text: str) -> tuple[str, str]:
+    """``KEY=VALUE`` as two texts."""
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise InputError(f"--option {text} cannot be read", fix="write it like --option threads=1")
@@ -467,3 +467,7 @@ def _step_row(step) -> dict[str, Any]:
 
 def _summary(cls: type) -> str:
     return (cls.__doc__ or "").strip().splitlines()[0] if cls.__doc__ else ""
+
+
+for _command in cli_measure.COMMANDS:
+    main.add_command(_command)

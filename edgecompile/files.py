@@ -28,7 +28,7 @@ def write_atomic(path: Path, chunks: Iterable[bytes | memoryview]) -> None:
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,7 +50,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
     old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
     try:
         yield temporary
@@ -59,7 +59,7 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise _cannot_write(path, error) from None
+        raise cannot_write(path, error) from None
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
@@ -71,7 +71,8 @@ def new_folder(path: Path) -> Iterator[Path]:
                     parent.rmdir()
 
 
-def _cannot_write(path: Path, error: OSError) -> InputError:
+def cannot_write(path: Path, error: OSError) -> InputError:
+    """The error for a file or folder that the system refuses to write."""
     return InputError(f"cannot write {path}", error.strerror or str(error), "check the folder and free space")
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import json
+import math
 import shlex
 import signal
 import sys
@@ -18,13 +19,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgecompile import __version__, documents, judge, measure, oracle
+from edgecompile import __version__, documents, history, judge, measure, oracle
 from edgecompile.bundle import MANIFEST, MODEL, Bundle, file_digest
 from edgecompile.config import GateConfig
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.judge import ANCHOR, BASELINE, CANDIDATE, Facts, Settings, Subject
 from edgecompile.sequential import Plan
-from edgecompile.verdict import INCONCLUSIVE, Artefact, Check, GateResult, overall
+from edgecompile.verdict import ERROR, INCONCLUSIVE, Artefact, Check, GateResult, Problem, overall
 
 SAMPLES = "samples.npz"
 
@@ -82,6 +83,10 @@ class Recording:
         settings = {"plan": documents.encode(self.settings.plan, {}), "budgets": dict(self.settings.budgets)}
         code = 0 if verdict == INCONCLUSIVE and self.header.warn else code
         return GateResult(verdict, code, tuple(made), settings=settings, **shown)
+
+    def failure(self, error: Problem, code: int) -> GateResult:
+        """What is known when there is no verdict."""
+        return replace(self.result([]), verdict=ERROR, exit_code=code, error=error)
 
     def save(self, path: Path) -> None:
         """Write the recording, see :func:`edgecompile.measure.save`.
@@ -267,11 +272,11 @@ def _facts(contest: Contest, config: GateConfig, board: Any, keys: Mapping[str, 
     """Parity and everything that is known without timing."""
     from edgecompile.driver import TOLERANCE
 
-    against = config.parity.against if "gate.parity.against" in config.places else "baseline"
-    judged_by = contest.baseline if against == "baseline" and contest.baseline else contest.candidate
+    judged_by = contest.baseline if config.parity.against == "baseline" and contest.baseline else contest.candidate
     feeds, reference = judged_by.probe()
-    precision = str(contest.candidate.manifest["precision"])
-    tolerance = config.parity.tolerance if "gate.parity.tolerance" in config.places else TOLERANCE[precision]
+    tolerance = config.parity.tolerance
+    if tolerance is None:
+        tolerance = TOLERANCE[str(contest.candidate.manifest["precision"])]
     errors = oracle.compare_all(reference, board.outputs(keys[CANDIDATE], feeds))
     measured = _measured(contest.candidate)
     if "peak_memory" in config.budgets:
@@ -306,3 +311,28 @@ def _engine_size(bundle: Bundle) -> int:
 
 def _artefact(contest: Contest, arm: str, bundle: Bundle) -> Artefact:
     return Artefact(arm, contest.name, str(bundle.path), file_digest(bundle.path / MANIFEST), _engine_size(bundle))
+
+
+def remember(result: GateResult, path: Path) -> None:
+    """Append a line per candidate to a history.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    for artefact in result.artefacts:
+        if artefact.role != CANDIDATE:
+            continue
+        checks = [c for c in result.checks if c.model == artefact.model]
+        manifest = Bundle.open(artefact.path).manifest
+        change = next((c for c in checks if c.metric == "latency" and c.estimate is not None), None)
+        values = {c.metric: c.candidate for c in checks if c.candidate is not None and math.isfinite(c.candidate)}
+        intervals = {}
+        if change is not None and change.estimate is not None and change.low is not None and change.high is not None:
+            values["change"] = change.estimate
+            intervals = {"change": (change.low, change.high)} if math.isfinite(change.high - change.low) else {}
+        entry = history.Entry.now(
+            "gate", artefact.model, str(manifest["target"]), str(manifest["precision"]), values,
+            intervals=intervals, fingerprint=str(result.fingerprint.get("key", "")), digest=artefact.digest,
+            verdict=overall([c.verdict for c in checks])[0],
+        )  # fmt: skip
+        history.append(entry, path)

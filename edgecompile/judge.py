@@ -184,6 +184,8 @@ def judge(
         keys = [key for key in settings.budgets if key.startswith("latency_")]
         if keys:
             collect(subject, BUDGET_SESSIONS)
+        if "latency_p99" in keys:
+            _collect_calls(subject, _calls_for_p99(settings), collect)
         checks[subject.name] += [_latency_budget(subject, key, settings) for key in keys]
     return [check for subject in subjects for check in checks[subject.name]]
 
@@ -195,14 +197,15 @@ def _parity(subject: Subject, settings: Settings) -> Check:
     facts = subject.facts
     name, worst = max(facts.parity.items(), key=lambda item: _severity(item[1]), default=("", math.nan))
     same = worst <= facts.tolerance  # not a number is not the same
-    off = f"output {name} is off by {worst:.1e} of its largest value" if name else "there is no output to compare"
+    shown, allowed = render_text.error(worst), render_text.error(facts.tolerance)
+    off = f"output {name} is off by {shown} of its largest value" if name else "there is no output to compare"
     return Check(
         id=f"{facts.name}/parity",
         model=facts.name,
         metric="parity",
         verdict=PASS if same else FAIL,
         reason_code="same_function" if same else "other_function",
-        reason=f"{off} against {facts.reference}, {facts.tolerance:.0e} is allowed",
+        reason=f"{off} against {facts.reference}, {allowed} is allowed",
         unit="relative error",
         budget=facts.tolerance,
         candidate=worst,
@@ -359,7 +362,7 @@ def _latency_budget(subject: Subject, key: str, settings: Settings) -> Check:
     }  # fmt: skip
     if key == "latency_p99":
         found = float(np.percentile(calls, 99)) if len(calls) else None
-        needed = max(measure.P99_SAMPLES, sequential.calls_needed(99, 1 - alpha))
+        needed = _calls_for_p99(settings)
         if len(calls) < needed:
             return _budget_check(
                 subject, key, settings, verdict=INCONCLUSIVE, reason_code="too_few_calls", candidate=found,
@@ -383,11 +386,24 @@ def _latency_budget(subject: Subject, key: str, settings: Settings) -> Check:
     )  # fmt: skip
 
 
+def _calls_for_p99(settings: Settings) -> int:
+    return max(measure.P99_SAMPLES, sequential.calls_needed(99, 1 - settings.plan.alpha))
+
+
+def _collect_calls(subject: Subject, calls: int, collect: Callable[[Subject, int], None]) -> None:
+    """More pairs, until the candidate was called often enough or no more are to be had."""
+    before = -1
+    while sum(len(s.seconds) for s in subject.pairs.get(CANDIDATE, ())) < calls and subject.count > before:
+        before = subject.count
+        collect(subject, before + 1)
+
+
 def _budget_check(subject: Subject, key: str, settings: Settings, **fields: Any) -> Check:
+    metric = "parity_budget" if key == "parity" else key  # `parity` is the check before any timing
     return Check(
-        id=f"{subject.name}/{key}",
+        id=f"{subject.name}/{metric}",
         model=subject.name,
-        metric=key,
+        metric=metric,
         unit=BUDGETS[key][1],
         budget=settings.budgets[key],
         place=settings.places.get(f"gate.budgets.{key}", ""),

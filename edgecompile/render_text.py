@@ -286,7 +286,7 @@ def print_table(report: Report, console: Console) -> None:
 
     Without a terminal, or with ``NO_COLOR``, the text says everything that colours say.
     """
-    screen = _Screen(console)
+    screen = Screen(console)
     screen.say((f"{report.model.name} → {report.engine.target} {report.provenance.precision}", "bold"))
     for line in report.verdict:
         said = f" {line.text} {line.detail}" if line.detail else f" {line.text}"
@@ -299,7 +299,7 @@ def print_table(report: Report, console: Console) -> None:
         _print_layers(report, screen)
 
 
-class _Screen:
+class Screen:
     """A console that shows foreign text as it is: no markup, no control characters, nothing it cannot encode."""
 
     def __init__(self, console: Console):
@@ -336,7 +336,7 @@ class _Screen:
         self.console.print(made)
 
 
-def _print_passes(report: Report, screen: _Screen) -> None:
+def _print_passes(report: Report, screen: Screen) -> None:
     if not report.passes:
         screen.say(("", ""))
         screen.say(("No pass was run.", ""))
@@ -360,7 +360,7 @@ def _print_passes(report: Report, screen: _Screen) -> None:
     screen.table(title, columns, rows)
 
 
-def _print_parity(report: Report, screen: _Screen) -> None:
+def _print_parity(report: Report, screen: Screen) -> None:
     allowed = report.parity.tolerance
     rows = [
         (
@@ -373,7 +373,7 @@ def _print_parity(report: Report, screen: _Screen) -> None:
     screen.table(title, ("output", "max abs", "max rel", "1 − cosine", "SNR", "result"), rows)
 
 
-def _print_latency(latency: Latency, screen: _Screen) -> None:
+def _print_latency(latency: Latency, screen: Screen) -> None:
     threads = f", {plural(latency.threads, 'thread')}" if latency.threads else ""
     rows = [
         (
@@ -386,7 +386,7 @@ def _print_latency(latency: Latency, screen: _Screen) -> None:
     screen.table(title, ("", "calls", "p50", "p90", "p99", "mean", "time / plain"), rows)
 
 
-def _print_layers(report: Report, screen: _Screen) -> None:
+def _print_layers(report: Report, screen: Screen) -> None:
     whole = total(report.layers)
     rows = [(label(x), x.op, seconds(x.microseconds / 1e6), share(x.microseconds, whole)) for x in slowest(report)]
     title = f"Slowest of {plural(len(report.layers), 'layer')} ({seconds(whole / 1e6)} in all under the profiler)"

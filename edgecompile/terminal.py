@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +18,9 @@ from edgecompile import documents
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+
+_LOG_SECONDS = 10.0  # between two lines of a log that differ in their numbers only
 
 
 def printable(text: str) -> str:
@@ -73,9 +79,18 @@ def print_json(document: Any) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A spinner with elapsed time on a terminal, plain lines on stderr elsewhere."""
+    """A spinner with elapsed time on a terminal, plain lines on stderr elsewhere: in a log, few of those that count."""
     if not sys.stderr.isatty():
-        yield lambda text: click.echo(f"... {printable(text)}", err=True)
+        last = ("", -math.inf)
+
+        def line(text: str) -> None:
+            nonlocal last
+            kind, now = re.sub(r"[0-9]+", "0", text), time.monotonic()
+            if kind != last[0] or now - last[1] >= _LOG_SECONDS:
+                last = (kind, now)
+                click.echo(f"... {printable(text)}", err=True)
+
+        yield line
         return
     from rich.console import Console
     from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn

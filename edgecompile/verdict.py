@@ -29,7 +29,7 @@ class Check:
         model: name of the candidate.
         metric: ``parity``, ``latency`` (against the baseline), ``latency_anchor`` (against the release anchor), or the
             budget's key: ``latency_p50``, ``latency_p99``, ``peak_memory``, ``engine_size``, ``build_time``,
-            ``accuracy``.
+            ``accuracy``, ``parity_budget``.
         verdict: ``PASS``, ``FAIL`` or ``INCONCLUSIVE``.
         reason_code: why, for machines: ``regression``, ``no_regression``, ``drift`` (slower for certain, but by less
             than half of what is allowed), ``time_limit``, ``aa_differs``, ``throttled``, ``holm``, ``too_few_calls``,
