@@ -12,16 +12,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgecompile import __version__, registry
 from edgecompile.errors import InputError
 from edgecompile.files import write_atomic
-from edgecompile.graph import Graph
-from edgecompile.oracle import Feeds, Outputs
 from edgecompile.target import Engine, EngineManifest
+
+if TYPE_CHECKING:  # a board opens bundles without onnx
+    from edgecompile.graph import Graph
+    from edgecompile.oracle import Feeds, Outputs
 
 SCHEMA = "edgecompile.bundle/1"
 MANIFEST, MODEL, PROBE = "manifest.json", "model.onnx", "probe.npz"
@@ -72,6 +74,8 @@ class Bundle:
 
     def graph(self) -> Graph:
         """The rewritten graph."""
+        from edgecompile.graph import Graph
+
         return Graph.load(self.path / MODEL)
 
     def probe(self) -> tuple[Outputs, Outputs]:
@@ -87,9 +91,14 @@ class Bundle:
         Raises:
             EnvironmentMissing: its runtime is not installed, or it was built for another device or version.
         """
+        return registry.target(self.manifest["target"]).load(self.path, self.engine_manifest, self.graph())
+
+    @property
+    def engine_manifest(self) -> EngineManifest:
+        """What the engine is."""
         described = dict(self.manifest["engine"])
         described["files"] = tuple(described["files"])
-        return registry.target(self.manifest["target"]).load(self.path, EngineManifest(**described), self.graph())
+        return EngineManifest(**described)
 
 
 def is_bundle(path: str | Path) -> bool:

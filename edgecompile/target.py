@@ -9,11 +9,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from edgecompile.graph import Graph
+if TYPE_CHECKING:
+    from edgecompile.graph import Graph
 
 
 @dataclass(frozen=True)

@@ -12,89 +12,39 @@ References: ONNX Runtime documentation, "Graph Optimizations in ONNX Runtime", s
 
 from __future__ import annotations
 
-import difflib
 import functools
 import heapq
 import json
-import platform
 import re
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from edgecompile import measure, oracle
-from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError, missing_extra
+from edgecompile import oracle
+from edgecompile.errors import InputError
 from edgecompile.graph import Graph, Provenance, provenance, where
 from edgecompile.target import Capability, Engine, EngineManifest, LayerTime, Target
+from edgecompile.targets import ort_session
+from edgecompile.targets.ort_session import ENGINE, NCHWC, OPTIONS, ORT_FORMAT, Options, OrtSession
 
-ENGINE, ORT_FORMAT = "model.ort.onnx", "model.ort"
-
-_PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-}
-# What `auto` tries, best first. TensorRT is left out: it compiles for minutes, and edgecompile drives it natively.
-_AUTO = ("cuda", "openvino", "cpu")
-_PACKAGES = {
-    "cpu": ("onnxruntime", "pip install 'edgecompile[cpu]'"),
-    "cuda": ("onnxruntime-gpu", "pip install 'edgecompile[gpu]'"),
-    "tensorrt": ("onnxruntime-gpu", "pip install 'edgecompile[gpu]'"),
-    "openvino": ("onnxruntime-openvino", "pip install onnxruntime-openvino"),
-}
-_LEVELS = {
-    "basic": "ORT_ENABLE_BASIC",
-    "extended": "ORT_ENABLE_EXTENDED",
-    "layout": "ORT_ENABLE_LAYOUT",
-    "all": "ORT_ENABLE_ALL",
-}
-_NCHWC = "com.microsoft.nchwc"
 _WARM_RUNS = 2
-_REBUILD = "build it again on this machine: edgecompile build model.onnx --target ort"
-
-
-@dataclass(frozen=True)
-class _Options:
-    """The options, parsed; see :attr:`OrtTarget.options`."""
-
-    providers: tuple[str, ...]
-    threads: int
-    level: str
-    ort_format: bool
-    provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-
-    @property
-    def cpu_only(self) -> bool:
-        return self.providers == ("cpu",)
-
-    @property
-    def on_gpu(self) -> bool:
-        return self.providers[0] in ("cuda", "tensorrt")
 
 
 class OrtTarget(Target):
     """Lower a graph to an ONNX Runtime session."""
 
     name: ClassVar[str] = "ort"
-    options: ClassVar[Mapping[str, tuple[Any, str]]] = {
-        "providers": ("cpu", "execution providers, first choice first: cpu, cuda, tensorrt, openvino, or auto"),
-        "threads": ("auto", "threads of one operator; auto: every physical core this process may use. 1 is timed best"),
-        "level": ("all", "graph optimisations: basic, extended, layout, all"),
-        "ort_format": (False, f"also write {ORT_FORMAT}, the format of ONNX Runtime's minimal builds"),
-        "PROVIDER.KEY": ("", "an option of a provider, e.g. cuda.device_id=1"),
-    }
+    options: ClassVar[Mapping[str, tuple[Any, str]]] = OPTIONS
 
     def probe(self) -> Sequence[Capability]:
         """ONNX Runtime and each provider: compiled in or not, usable or not."""
-        return list(_probe())
+        return list(ort_session.probe())
 
     def build(self, graph: Graph, folder: Path, options: Mapping[str, Any]) -> Engine:
         """See :meth:`edgecompile.target.Target.build`; on the CPU, writes :data:`ENGINE` and on request the ORT format.
@@ -102,14 +52,14 @@ class OrtTarget(Target):
         Equal graphs give equal files on the same machine, but for the ORT format, whose tables ONNX Runtime orders by
         memory address.
         """
-        ort = _import()
-        chosen = _parse(ort, options)
+        ort = ort_session.runtime()
+        chosen = ort_session.parse(ort, options)
         named = _named(graph)
         files: list[str] = []
         device = chosen.providers[0]
         if chosen.cpu_only:
             files = _optimise(ort, named, folder, chosen)
-            device = _cpu()
+            device = ort_session.cpu()
             if chosen.ort_format:
                 _write_ort_format(ort, folder, chosen)
                 files.append(ORT_FORMAT)
@@ -123,33 +73,20 @@ class OrtTarget(Target):
 
     def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
         """See :meth:`edgecompile.target.Target.load`."""
-        ort = _import()
-        chosen = _parse(ort, manifest.options)
-        if manifest.files:
-            built = manifest.versions.get("onnxruntime", "")
-            if built.split(".")[:2] != ort.__version__.split(".")[:2]:
-                raise EnvironmentMissing(
-                    f"{folder / ENGINE} was built with ONNX Runtime {built}",
-                    f"this is {ort.__version__}, and an optimised model runs on the version that made it",
-                    f"pip install 'onnxruntime=={built}', or {_REBUILD}",
-                )
-            _check_cpu(folder, manifest)
+        ort = ort_session.runtime()
+        chosen = ort_session.parse(ort, manifest.options)
+        ort_session.check(ort, folder, manifest)
         return OrtEngine(ort, manifest, chosen, folder, _named(graph))
 
 
-class OrtEngine(Engine):
-    """A session; one call uses the calling thread and ``threads - 1`` others, which sleep between calls."""
+class OrtEngine(OrtSession, Engine):
+    """A session that knows the graph it executes."""
 
-    def __init__(self, ort, manifest: EngineManifest, chosen: _Options, folder: Path, graph: Graph):
-        self.manifest = manifest
-        self.threads = 0 if chosen.on_gpu else chosen.threads
-        self.clock = "thread_cpu" if chosen.cpu_only and chosen.threads == 1 else "wall"
-        self._ort, self._chosen, self._folder, self._graph = ort, chosen, folder, graph
-        self._outputs = [t.name for t in graph.outputs]
-        self._session = self._open()
+    def __init__(self, ort, manifest: EngineManifest, chosen: Options, folder: Path, graph: Graph):
+        self._graph = graph
+        super().__init__(ort, manifest, chosen, folder)
 
     def _open(self, profile: str = ""):
-        """A new session on the engine's file, or on the graph where the provider cannot store what it compiled."""
         if self.manifest.files:
             return _session(
                 self._ort, self._folder / ENGINE, self._chosen, self._graph, optimise=False, profile=profile
@@ -158,6 +95,9 @@ class OrtEngine(Engine):
             path = Path(scratch) / "model.onnx"
             self._graph.save(path)
             return _session(self._ort, path, self._chosen, self._graph, profile=profile)
+
+    def _blame(self, text: str) -> str:
+        return _culprit(self._nodes.values(), text)
 
     @functools.cached_property
     def _nodes(self) -> dict[str, gs.Node]:
@@ -172,37 +112,16 @@ class OrtEngine(Engine):
             InputError: an input is missing, unknown or of the wrong type or shape, or an operator fails on it.
         """
         oracle.check_feeds(self._graph, feeds)
-        try:
-            values = self._session.run(self._outputs, dict(feeds))
-        except Exception as error:  # ONNX Runtime raises a dozen types of its own
-            raise _rejected(error, self._nodes.values()) from None
-        return dict(zip(self._outputs, values, strict=True))
+        return super().run(feeds)
 
     def call(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], None]:
-        """See :meth:`edgecompile.target.Engine.call`; inputs and outputs are bound once, no call copies them.
+        """See :meth:`edgecompile.targets.ort_session.OrtSession.call`.
 
         Raises:
             InputError: as :meth:`run`.
         """
         oracle.check_feeds(self._graph, feeds)
-        device = "cuda" if self._chosen.on_gpu else "cpu"
-        number = int(self._chosen.provider_options.get(self._chosen.providers[0], {}).get("device_id", 0))
-        binding = self._session.io_binding()
-        try:
-            for name, value in feeds.items():  # on the CPU the array is read in place
-                value = self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), device, number)
-                binding.bind_ortvalue_input(name, value)
-            for name in self._outputs:
-                binding.bind_output(name, device, number)
-            self._session.run_with_iobinding(binding)
-        except Exception as error:  # ONNX Runtime raises a dozen types of its own
-            raise _rejected(error, self._nodes.values()) from None
-        outputs = binding.get_outputs()
-        if all(value.is_tensor() for value in outputs):  # equal inputs give equal shapes: write into the same buffers
-            binding.clear_binding_outputs()
-            for name, value in zip(self._outputs, outputs, strict=True):
-                binding.bind_ortvalue_output(name, value)
-        return functools.partial(self._session.run_with_iobinding, binding)
+        return super().call(feeds)
 
     def layers(self, feeds: Mapping[str, np.ndarray], repeats: int = 10) -> list[LayerTime]:
         """See :meth:`edgecompile.target.Engine.layers`.
@@ -223,155 +142,34 @@ class OrtEngine(Engine):
                     self._session.run(self._outputs, feeds)
                     plain.append((time.perf_counter() - start) * 1e6)
             except Exception as error:  # ONNX Runtime raises a dozen types of its own
-                raise _rejected(error, self._nodes.values()) from None
+                raise ort_session.rejected(error, self._blame) from None
             finally:
                 events = json.loads(Path(session.end_profiling()).read_text())
         layers = _layers(events, self._nodes, repeats, nested=bool(self.manifest.files))
         return _without_profiler(layers, float(np.median(plain[-repeats:])))
 
-    def close(self) -> None:
-        """Free the session."""
-        del self._session
-
-
-# -- options -----------------------------------------------------------------------------------------------------------
-
-
-def _parse(ort, given: Mapping[str, Any]) -> _Options:
-    known = [name for name in OrtTarget.options if "." not in name]
-    for name in given:
-        prefix, dot, _ = name.partition(".")
-        if name not in known and not (dot and prefix in _PROVIDERS):
-            close = difflib.get_close_matches(name, known, 1)
-            raise InputError(
-                f"target ort has no option {name!r}",
-                f"did you mean {close[0]!r}?" if close else f"it has {', '.join(OrtTarget.options)}",
-            )
-    value = {name: given.get(name, OrtTarget.options[name][0]) for name in known}
-    level = str(value["level"])
-    if level not in _LEVELS:
-        raise InputError(f"level={level} is not an optimisation level", f"there are {', '.join(_LEVELS)}")
-    providers = _providers(ort, value["providers"])
-    provider_options: dict[str, dict[str, str]] = {}
-    for name, text in given.items():
-        provider, dot, key = name.partition(".")
-        if dot and provider not in providers:
-            raise InputError(
-                f"{name} has no effect", f"the provider {provider} is not used", f"add providers={provider}"
-            )
-        if dot:
-            provider_options.setdefault(provider, {})[key] = str(text)
-    return _Options(providers, _threads(value["threads"]), level, _flag(value["ort_format"]), provider_options)
-
-
-def _threads(value: Any) -> int:
-    if str(value) == "auto":
-        return measure.available_cores()
-    if not str(value).isdigit() or int(value) < 1:
-        raise InputError(f"threads={value} is not a number of threads", "give auto or a whole number from 1")
-    return int(value)
-
-
-def _flag(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "false", "1", "0", "yes", "no"):
-        raise InputError(f"ort_format={value} is neither true nor false")
-    return text in ("true", "1", "yes")
-
-
-def _providers(ort, value: Any) -> tuple[str, ...]:
-    asked = [p.strip().lower() for p in (value.split(",") if isinstance(value, str) else value)]
-    present = set(ort.get_available_providers())
-    if asked == ["auto"]:
-        first = next(p for p in _AUTO if p == "cpu" or (_PROVIDERS[p] in present and not _defect(ort, p)))
-        asked = [first]
-    for name in asked:
-        if name not in _PROVIDERS:
-            raise InputError(f"{name!r} is not a provider", f"there are {', '.join(_PROVIDERS)} and auto")
-        if _PROVIDERS[name] not in present:
-            package, fix = _PACKAGES[name]
-            raise EnvironmentMissing(
-                f"ONNX Runtime here has no {name} provider", f"it comes with the package {package}", fix
-            )
-    return tuple(dict.fromkeys([*asked, "cpu"]))  # the CPU takes what the others cannot run
-
 
 # -- sessions ----------------------------------------------------------------------------------------------------------
 
 
-def _import():
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise missing_extra("the target ort cannot be used", "onnxruntime", "cpu") from None
-    except ImportError as error:
-        raise EnvironmentMissing(
-            "ONNX Runtime cannot be loaded", str(error), "pip install --force-reinstall onnxruntime"
-        ) from None
-    onnxruntime.set_default_logger_severity(4)
-    return onnxruntime
-
-
-def _session(
-    ort,
-    path: Path,
-    chosen: _Options,
-    graph: Graph,
-    *,
-    optimise: bool = True,
-    save: Path | None = None,
-    config: Mapping[str, str] | None = None,
-    profile: str = "",
-):
-    """A session on a file; an error names the node of ``graph`` that is at fault."""
-    options = ort.SessionOptions()
-    level = _LEVELS[chosen.level] if optimise else "ORT_DISABLE_ALL"
-    options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-    options.intra_op_num_threads = chosen.threads
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 4
-    # Threads that spin between calls slow down every other session of the process.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    for key, value in (config or {}).items():
-        options.add_session_config_entry(key, value)
-    if save is not None:
-        options.optimized_model_filepath = str(save)
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, profile
-    providers = [(_PROVIDERS[p], dict(chosen.provider_options.get(p, {}))) for p in chosen.providers]
-    try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # ONNX Runtime raises a dozen types of its own
-        raise _rejected(error, graph.walk()) from None
-    wanted = _PROVIDERS[chosen.providers[0]]
-    if session.get_providers()[0] != wanted:  # it only warns and goes on with the CPU
-        raise EnvironmentMissing(
-            f"ONNX Runtime cannot use its {chosen.providers[0]} provider here",
-            "its libraries or its device are missing",
-            "`edgecompile doctor` says what is missing",
-        )
-    return session
+def _session(ort, path: Path, chosen: Options, graph: Graph, **how: Any):
+    """:func:`edgecompile.targets.ort_session.session`; an error names the node of ``graph`` that is at fault."""
+    return ort_session.session(ort, path, chosen, lambda text: _culprit(graph.walk(), text), **how)
 
 
 _OP = re.compile(r"\b(?:[\w.]+:)?(\w+)\(-?\d+\)")
 _QUOTED = re.compile(r"""['"(]([^'"()]+)['")]""")
 
 
-def _rejected(error: BaseException, nodes: Iterable[gs.Node]) -> EdgecompileError:
-    """The user's view of an exception of ONNX Runtime: which of the nodes it complains about, and where that is."""
-    if isinstance(error, EdgecompileError):
-        return error
-    text = " ".join(str(error).split())
+def _culprit(nodes: Iterable[gs.Node], text: str) -> str:
+    """Which of the nodes ONNX Runtime complains about, and where it comes from; ``""`` if it names none."""
     nodes = list(nodes)
     quoted, ops = set(_QUOTED.findall(text)), set(_OP.findall(text))
     culprit = next((n for n in nodes if n.name in quoted), None) or next((n for n in nodes if n.op in ops), None)
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
-    text = text if len(text) <= 300 else text[:297] + "..."
     if culprit is None:
-        return InputError("ONNX Runtime rejects the model or its inputs", text)
+        return ""
     line = provenance(culprit).source_line
-    at = f" from {line}" if line else ""
-    return InputError(f"ONNX Runtime rejects {where(culprit)}{at}", text)
+    return f"{where(culprit)} from {line}" if line else where(culprit)
 
 
 # -- building ----------------------------------------------------------------------------------------------------------
@@ -403,7 +201,7 @@ def _unique(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def _optimise(ort, graph: Graph, folder: Path, chosen: _Options) -> list[str]:
+def _optimise(ort, graph: Graph, folder: Path, chosen: Options) -> list[str]:
     """Let ONNX Runtime optimise the graph; write what it made of it, attributed and in an order of our own."""
     with tempfile.TemporaryDirectory(prefix=".ort.", dir=folder) as scratch:
         source, result = Path(scratch) / "model.onnx", Path(scratch) / "optimised.onnx"
@@ -422,31 +220,10 @@ def _optimise(ort, graph: Graph, folder: Path, chosen: _Options) -> list[str]:
         return [file.name for file in reversed(optimised.save(folder / ENGINE))]
 
 
-def _write_ort_format(ort, folder: Path, chosen: _Options) -> None:
+def _write_ort_format(ort, folder: Path, chosen: Options) -> None:
     path = folder / ENGINE
     config = {"session.save_model_format": "ORT"}
     _session(ort, path, chosen, Graph.load(path), optimise=False, save=folder / ORT_FORMAT, config=config)
-
-
-def _cpu() -> str:
-    return " ".join([platform.machine(), *measure.cpu_features()])
-
-
-def _check_cpu(folder: Path, manifest: EngineManifest) -> None:
-    """Refuse a model in a blocked layout that was made for another vector width."""
-
-    def block(device: str) -> tuple[str, bool]:
-        arch, *features = device.split()
-        return arch, "avx512f" in features
-
-    if block(manifest.device) == block(_cpu()):
-        return
-    if any(node.domain == _NCHWC for node in Graph.load(folder / ENGINE).nodes):
-        raise EnvironmentMissing(
-            f"{folder / ENGINE} was built for another CPU",
-            f"its blocked layout fits {manifest.device!r}, this is {_cpu()!r}",
-            f"{_REBUILD}, or build with level=extended, which runs on every CPU",
-        )
 
 
 # -- which source nodes an optimised node stands for ------------------------------------------------------------------
@@ -475,7 +252,7 @@ def attribute(optimised: Graph, source: Graph) -> None:
         tensors = [t.name for t in node.outputs if t.name in producers] or _named_tensors(node, producers, named)
         fresh = [name for name in tensors if name not in owner]
         owner.update(dict.fromkeys(fresh, node))
-        if fresh and node.domain == _NCHWC:
+        if fresh and node.domain == NCHWC:
             owner.update(dict.fromkeys(_fused_after(node, fresh[0], producers, owner), node))
         if tensors and not fresh:
             follows[id(node)] = owner[tensors[0]]
@@ -646,64 +423,3 @@ def _without_profiler(layers: list[LayerTime], plain: float) -> list[LayerTime]:
     times = [layer.microseconds for layer in layers]
     added = min(max(0.0, (sum(times) - plain) / len(times)), min(times))
     return [replace(layer, microseconds=layer.microseconds - added) for layer in layers]
-
-
-# -- doctor ------------------------------------------------------------------------------------------------------------
-
-
-def _probe() -> Iterator[Capability]:
-    installed = {p: v for p in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino") if (v := _version(p))}
-    try:
-        ort = _import()
-        present = set(ort.get_available_providers())
-    except EdgecompileError as error:
-        yield Capability("onnxruntime", False, detail=error.why, fix=error.fix)
-        return
-    except Exception as error:  # a broken binary package may raise anything
-        yield Capability("onnxruntime", False, detail=str(error), fix="pip install --force-reinstall onnxruntime")
-        return
-    clash = len(installed) > 1
-    yield Capability(
-        "onnxruntime",
-        True,
-        ort.__version__,
-        f"{' and '.join(installed)} overwrite each other's files" if clash else ", ".join(installed),
-        f"pip uninstall {' '.join(installed)}, then install one of them" if clash else "",
-    )
-    for name, full in _PROVIDERS.items():
-        package, fix = _PACKAGES[name]
-        label = f"onnxruntime {name} provider"
-        if full not in present:
-            detail = f"not in this package; {package} has it" + _TENSORRT.get(name, "")
-            yield Capability(label, False, detail=detail, fix=fix)
-            continue
-        defect = _defect(ort, name)
-        does = f"{measure.available_cores()} cores, {_cpu()}" if name == "cpu" else "runs a model here"
-        yield Capability(label, not defect, ort.__version__, (defect or does) + _TENSORRT.get(name, ""))
-
-
-_TENSORRT = {"tensorrt": "; onnxruntime-gpu links libnvinfer.so.10: this provider needs TensorRT 10 and cannot use 11"}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return ""
-
-
-def _defect(ort, provider: str) -> str:
-    """Why a provider that was compiled in cannot run a model here, or ``""``."""
-    x = gs.Variable("x", np.float32, [1])
-    y = gs.Variable("y", np.float32, [1])
-    graph = Graph(nodes=[gs.Node("Relu", inputs=[x], outputs=[y])], inputs=[x], outputs=[y], opset=17, ir_version=8)
-    model = gs.export_onnx(graph).SerializeToString()
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    try:
-        providers = list(dict.fromkeys((_PROVIDERS[provider], _PROVIDERS["cpu"])))
-        session = ort.InferenceSession(model, options, providers=providers)
-        session.run(None, {"x": np.zeros(1, np.float32)})
-    except Exception as error:  # ONNX Runtime raises a dozen types of its own
-        return " ".join(str(error).split())[:200]
-    return "" if session.get_providers()[0] == _PROVIDERS[provider] else "its libraries or its device are missing"

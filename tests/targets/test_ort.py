@@ -25,6 +25,7 @@ from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph, Provenance, provenance
 from edgecompile.target import EngineManifest, LayerTime
 from edgecompile.targets import ort as target_module
+from edgecompile.targets import ort_session
 from edgecompile.targets.ort import ENGINE, ORT_FORMAT, OrtTarget
 
 ort = pytest.importorskip("onnxruntime")
@@ -576,7 +577,7 @@ def test_wrong_options(tmp_path, options, message):
 
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt", "openvino"])
 def test_missing_provider(tmp_path, provider):
-    if target_module._PROVIDERS[provider] in ort.get_available_providers():
+    if ort_session.PROVIDERS[provider] in ort.get_available_providers():
         pytest.skip(f"the {provider} provider is here")
     with pytest.raises(EnvironmentMissing, match=f"no {provider} provider") as caught:
         OrtTarget().build(chain(), tmp_path, {"providers": provider})
@@ -624,5 +625,5 @@ def test_probe():
     assert "libnvinfer.so.10" in tensorrt.detail
     for name in ("cuda", "tensorrt", "openvino"):
         entry = found[f"onnxruntime {name} provider"]
-        if target_module._PROVIDERS[name] not in ort.get_available_providers():
+        if ort_session.PROVIDERS[name] not in ort.get_available_providers():
             assert not entry.available and entry.fix.startswith("pip install")
