@@ -46,7 +46,7 @@ _history = click.option(
 @click.option("--seconds", default=10.0, show_default=True, help="Most time to spend on each.")
 @click.option("--precision", "wanted", default="1%", show_default=True, help="Interval of the median to stop at, +-.")
 @click.option("--layers", is_flag=True, help="Also time each layer and hold it against the machine's roofline.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for NAME.json, NAME.md and NAME.html.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for bench.json, bench.md and bench.html.")
 @_history
 @_device
 @_target
@@ -65,24 +65,27 @@ def bench(
     from edgecompile import config, remote, render_bench
 
     fraction = config.fraction(wanted, "--precision")
+    if layers and device:
+        raise InputError("--layers cannot be combined with --device", "a roofline belongs to the machine it is seen on")
     found = []
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(terminal.progress())
         board = stack.enter_context(remote.open_board(device))
-        for subject in subjects:
+        for number, subject in enumerate(subjects, 1):
             bundle = stack.enter_context(as_bundle(subject, target, target_options, seed, say))
             result = measuring.run(
-                bundle, board, seconds=seconds, precision=fraction, seed=seed,
+                bundle, bundle.probe()[0], board=board, seconds=seconds, precision=fraction, seed=seed,
                 progress=lambda done, name=subject: say(f"measuring {name}, {done:.0%}"),
             )  # fmt: skip
             if layers:
                 say(f"profiling the layers of {subject}")
-                result = measuring.with_layers(result, measuring.layers(bundle, board))
+                result = measuring.with_layers(result, measuring.layers(bundle, bundle.probe()[0]))
             found.append(result)
             if output is not None:
-                render_bench.write(result, output)
+                render_bench.write(result, output, "bench" if len(subjects) == 1 else f"{number}_{Path(subject).stem}")
             if history is not None:
-                measuring.remember(result, bundle, board, history)
+                engine = bundle.engine_manifest
+                measuring.remember(result, bundle, board.fingerprint(engine.versions, engine.options), history)
     if as_json:
         documents = [result.to_json() for result in found]
         terminal.print_json(documents[0] if len(documents) == 1 else documents)
