@@ -182,7 +182,8 @@ class Conditions:
     def session(self, bundles: Mapping[str, Bundle], plan: Plan) -> tuple[dict[str, Samples], str]:
         """:func:`run_session`, and what makes its samples void, ``""`` for nothing."""
         if self._sampler is None:
-            self._sampler = conditions.Sampler()
+            # What throttles a GPU does not disturb an engine on the CPU.
+            self._sampler = conditions.Sampler(nvml=any(map(_on_gpu, bundles.values())))
             self._sampler.__enter__()
         start = time.perf_counter()
         samples = run_session(bundles, plan)
@@ -193,6 +194,11 @@ class Conditions:
         if self._sampler is not None:
             self._sampler.__exit__()
             self._sampler = None
+
+
+def _on_gpu(bundle: Bundle) -> bool:
+    providers = str(bundle.engine_manifest.options.get("providers", ""))
+    return bundle.manifest["target"] == "trt" or "cuda" in providers or "tensorrt" in providers
 
 
 def footprint(folder: Path) -> Footprint:

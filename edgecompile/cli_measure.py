@@ -23,7 +23,7 @@ _HISTORY = Path(".edgecompile/history.jsonl")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of a table.")
 _seed = click.option("--seed", default=0, show_default=True, help="Seed of the order of sessions.")
-_device = click.option("--device", metavar="ssh://HOST", help="Measure there; only Python and the runtime are needed.")
+_device = click.option("--device", metavar="ssh://HOST", help="Measure there; it needs Python and the runtime only.")
 _store = click.option(
     "--store", type=click.Path(path_type=Path), default=_STORE, show_default=True, help="Folder of saved baselines."
 )
@@ -233,7 +233,8 @@ def _run_gate(given: dict[str, Any], kept: Callable[[gating.Recording], object])
         if out is not None:
             recording.save(out / gate.SAMPLES)
 
-    with terminal.progress() as say, remote.open_board(given["device"]) as board:
+    device = next((d.transport for d in limits.devices if d.name == given["device"]), given["device"])
+    with terminal.progress() as say, remote.open_board(device or None) as board:
         return gate.run(found, limits, board, seed=given["seed"], progress=say, keep=keep)
 
 

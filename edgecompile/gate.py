@@ -154,7 +154,7 @@ def run(
         keep: called with the recording when it is complete, and also when the run is interrupted.
 
     Raises:
-        EnvironmentMissing: the board cannot run an engine, or no class of devices fits it.
+        EnvironmentMissing: the board cannot run an engine, no class of devices fits it, or its clocks are not fixed.
         InputError: a budget cannot be checked.
     """
     say = progress or (lambda _: None)
@@ -164,6 +164,7 @@ def run(
     versions = {name: v for engine in engines for name, v in engine["versions"].items()}
     place = board.fingerprint(versions, engines[0]["options"])
     config = _on_device(config, place)
+    notes = _require_locked(config, board)
     attempts = config.retries + 1
     plan = Plan(config.max_regression, config.alpha / attempts, time_limit=config.time_limit)
     recording = Recording(
@@ -176,6 +177,7 @@ def run(
             config_digest=config.digest,
             started=started.isoformat(timespec="seconds"),
             versions={"edgecompile": __version__, **versions},
+            notes=notes,
             warn=config.on_inconclusive == "warn",
         ),
     )
@@ -254,6 +256,14 @@ def _on_device(config: GateConfig, place: Any) -> GateConfig:
     return chosen
 
 
+def _require_locked(config: GateConfig, board: Any) -> tuple[str, ...]:
+    """Refuse a board whose power mode or clocks are not those of its class; flag one whose class says nothing."""
+    device = config.device
+    if device is None or (device.nvpmodel is None and device.jetson_clocks is None):
+        return board.require_locked(None, refuse=False)
+    return board.require_locked(device.nvpmodel, bool(device.jetson_clocks))
+
+
 def _undecided(subjects: Sequence[Subject], checks: Sequence[Check]) -> list[Subject]:
     open_models = {c.model for c in checks if c.verdict == INCONCLUSIVE}
     return [s for s in subjects if s.name in open_models]
@@ -278,7 +288,7 @@ def _facts(contest: Contest, config: GateConfig, board: Any, keys: Mapping[str, 
     if tolerance is None:
         tolerance = TOLERANCE[str(contest.candidate.manifest["precision"])]
     errors = oracle.compare_all(reference, board.outputs(keys[CANDIDATE], feeds))
-    measured = _measured(contest.candidate)
+    measured = _measured(contest.candidate) if config.budgets else {}
     if "peak_memory" in config.budgets:
         measured["peak_memory"] = float(board.peak_memory(keys[CANDIDATE]))
     return Facts(

@@ -1028,3 +1028,38 @@ def test_what_is_no_device(text):
         Device.parse(text)
     with pytest.raises(InputError, match="is not a device"):
         open_board(text)
+
+
+# -- the commands ------------------------------------------------------------------------------------------------------
+
+
+def command(server: Server, *arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, remote.SSH_OPTIONS: " ".join(server.options)}
+    line = [sys.executable, "-m", "edgecompile", *map(str, arguments), "--device", server.url("")]
+    return subprocess.run(line, capture_output=True, text=True, cwd=cwd, env=environment)
+
+
+def test_bench_compare_and_gate_on_a_board(fresh, bundles, tmp_path):
+    small, large = bundles
+    done = command(fresh, "bench", small, "--seconds", "1", "--precision", "50%", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert measured["timings"][0]["clock"] == "thread_cpu" and measured["memory"]["peak"] > 0
+    assert (small / "samples.npz").is_file(), "the raw samples were brought back"
+    done = command(fresh, "compare", small, large, "--precision", "50%", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["changes"][0]["low"] > 1
+    line = ("gate", small, "--baseline", small, "--max-regression", "99%", "-o", "out")
+    done = command(fresh, *line, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["verdict"] == "PASS" and result["fingerprint"]["class"]
+    fresh_key = {p.name for p in fresh.cache.rglob("*") if p.is_dir()}
+    assert fresh_key, "the bundles were copied there"
+
+
+def test_a_board_that_is_not_there_is_one_message(fresh, bundles, tmp_path):
+    line = [sys.executable, "-m", "edgecompile", "gate", bundles[0], "--device", "ssh://127.0.0.1:1", "-o", "out"]
+    done = subprocess.run(list(map(str, line)), capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 4 and done.stderr.count("error: ") == 1, done.stderr
+    assert json.loads((tmp_path / "out" / "result.json").read_text())["exit_code"] == 4
