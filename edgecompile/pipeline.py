@@ -15,7 +15,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -25,6 +25,9 @@ from edgecompile.errors import EdgecompileError, InputError, PassError
 from edgecompile.graph import Graph, where
 from edgecompile.oracle import OutputError
 from edgecompile.stats import Stats
+
+if TYPE_CHECKING:
+    from edgecompile.calibration_data import CalibrationData
 
 
 @dataclass(frozen=True)
@@ -67,11 +70,15 @@ class Context:
         feeds: sets of model inputs on which the passes are verified.
         limit: number of the last rewrite to apply; None for all.
         applied: rewrites applied so far, by all passes of the run.
+        calibration: data that statistics are taken from, or None.
+        evaluate: score of a model, higher is better, given a function from feeds to outputs; or None.
     """
 
     feeds: Sequence[Mapping[str, np.ndarray]] = ()
     limit: int | None = None
     applied: int = 0
+    calibration: CalibrationData | None = None
+    evaluate: Callable[..., float] | None = None
     _pass: str = ""
     _rewrites: list[Rewrite] = field(default_factory=list)
     _notes: dict[Note, None] = field(default_factory=dict)
@@ -215,6 +222,7 @@ class Pipeline:
         verify: bool = True,
         progress: Callable[[str], None] | None = None,
         on_step: Callable[[Step, Graph], None] | None = None,
+        calibration: CalibrationData | None = None,
     ) -> Trace:
         """Apply the passes to ``graph`` in place.
 
@@ -226,6 +234,7 @@ class Pipeline:
             verify: compare numbers after each pass; structure is always checked.
             progress: called with the name of each step as it starts.
             on_step: called with each finished step and the graph it left, which it must not change.
+            calibration: data for passes that take statistics.
 
         Raises:
             InputError: the graph is invalid, or does not run on the feeds, before any pass has touched it.
@@ -247,7 +256,7 @@ class Pipeline:
                 if feeds:
                     raise
                 unverified = error.why or error.what
-        context = Context(tuple(feeds or ()), limit)
+        context = Context(tuple(feeds or ()), limit, calibration=calibration)
         steps: list[Step] = []
         shape_feeds = feeds[0] if feeds else None
         before = stats.count(graph, shape_feeds)
