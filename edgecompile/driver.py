@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgecompile import __version__, bundle, measure, oracle, registry, report, stats
+from edgecompile import __version__, bundle, frontend, measure, oracle, registry, report, stats
 from edgecompile.bundle import Bundle
 from edgecompile.errors import InputError, ParityError
 from edgecompile.files import new_folder
@@ -38,7 +38,7 @@ class Options:
         precision: one of the target's pipelines.
         passes: a pass spec instead of the target's own; ``""`` runs no pass.
         strict: stop when a pass fails, instead of going on without it.
-        bench: measure latency and layer times.
+        bench: measure latency, layer times and, where the user's file defines ``evaluate(run)``, accuracy.
         seed: of random weights and probe inputs.
         target_options: options of the target, as text or typed.
         seconds: measuring time in all.
@@ -79,7 +79,7 @@ def default_output(name: str) -> Path:
 
 
 def build(source: Source, out: Path, options: Options, progress: Callable[[str], None] | None = None) -> Bundle:
-    """Run the passes, lower, prove parity, measure, and write the bundle as a whole or not at all.
+    """Run the passes, lower, prove parity, evaluate, measure, and write the bundle as a whole or not at all.
 
     Args:
         source: what :func:`edgecompile.frontend.load` returned.
@@ -88,7 +88,7 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
         progress: called with what is being done.
 
     Raises:
-        InputError: an option or the model cannot be used.
+        InputError: an option or the model cannot be used, or the user's ``evaluate(run)`` fails.
         ParityError: the engine does not compute what the source does; nothing is written.
         PassError: a pass failed, with ``options.strict``.
         EnvironmentMissing: the target's runtime is missing.
@@ -123,13 +123,20 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
             )
         tolerance = TOLERANCE[options.precision]
         _require_parity(errors, tolerance, source)
+        bundle.write_probe(folder, source.feeds[0], reference[0])
+        accuracy = None
+        if options.bench and source.file and "evaluate" in source.file.defines:
+            say("evaluating")
+            with clock("evaluate"):
+                accuracy = frontend.evaluate(
+                    source.file, folder, engine.manifest, folder=Path(scratch) / "evaluate", progress=progress
+                )
         latency, layers = [], []
         if options.bench:
             with clock("measure"):
                 latency = _measure(target, engine, graph, folder, source, stages, options, Path(scratch), say)
                 say("profiling layers")
                 layers = engine.layers(source.feeds[0])
-        bundle.write_probe(folder, source.feeds[0], reference[0])
         made = report.Report.from_build(
             source=source,
             options=options,
@@ -142,6 +149,7 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
             parity=errors,
             tolerance=tolerance,
             latency=latency,
+            accuracy=accuracy,
             layers=layers,
             engine=engine.manifest,
             machine=measure.machine(),

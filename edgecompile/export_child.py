@@ -26,9 +26,16 @@ from typing import Any
 from edgecompile.blame import User
 from edgecompile.errors import EdgecompileError, InputError
 
+Say = Callable[[str], None]
 
-def main(request_file: str) -> None:
-    """Answer one request."""
+
+def serve(request_file: str, answer_of: Callable[[Mapping[str, Any], Path, Say], dict[str, Any]]) -> None:
+    """Answer one request and end the process.
+
+    Args:
+        request_file: what :func:`edgecompile.frontend.run_child` wrote.
+        answer_of: request, its folder, and how to tell what is being done -> the result.
+    """
     request = json.loads(Path(request_file).read_text())
     folder = Path(request["folder"])
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -43,7 +50,7 @@ def main(request_file: str) -> None:
     with open(folder / "crash.txt", "w") as crash:
         faulthandler.enable(crash)
         try:
-            answer = _answer(request, folder, say)
+            answer = answer_of(request, folder, say)
         except EdgecompileError as error:
             kind = type(error).__name__
             answer = {"error": {"type": kind, "what": error.what, "why": error.why, "fix": error.fix}}
@@ -57,7 +64,7 @@ def main(request_file: str) -> None:
         os._exit(0)  # threads and exit handlers of the user's code have no say any more
 
 
-def _answer(request: Mapping[str, Any], folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _export(request: Mapping[str, Any], folder: Path, say: Say) -> dict[str, Any]:
     path = Path(request["path"])
     if request["kind"] == "python":
         _check_syntax(path)
@@ -71,7 +78,7 @@ def _answer(request: Mapping[str, Any], folder: Path, say: Callable[[str], None]
     torch.manual_seed(request["seed"])
     specs = {n: InputSpec(tuple(shape), dtype) for n, (shape, dtype) in request["inputs"].items()}
     say(f"loading {path.name}")
-    module, args, kwargs, notes, user, program = _LOADERS[request["kind"]](request, specs)
+    module, args, kwargs, defines, notes, user, program = _LOADERS[request["kind"]](request, specs)
     made = ladder.export(
         module,
         args,
@@ -100,6 +107,7 @@ def _answer(request: Mapping[str, Any], folder: Path, say: Callable[[str], None]
         "outputs": list(made.reference[0]),
         "attempts": [{**vars(a), "errors": {n: e.as_dict() for n, e in a.errors.items()}} for a in made.attempts],
         "versions": ladder.versions(),
+        "defines": defines,
         "notes": [*notes, *made.notes],
     }
 
@@ -117,19 +125,44 @@ def _zoo(request: Mapping[str, Any], specs: Mapping[str, Any]) -> tuple[Any, ...
         with torch.no_grad():
             randomize(module, seed, example)
         notes.append(f"random weights (seed {seed})")
-    return module, (example,), {}, notes, User(Path(models.__file__).parent), None
+    return module, (example,), {}, [], notes, User(Path(models.__file__).parent), None
 
 
 def _python(request: Mapping[str, Any], specs: Mapping[str, Any]) -> tuple[Any, ...]:
+    file, user = open_file(Path(request["path"]))
+    module, args, kwargs = from_file(file, user, request, specs)
+    defines = [n for n in ("calibration_data", "evaluate") if callable(vars(file).get(n))]
+    notes = [f"{user.file} defines {n}()" for n in defines]
+    return module, args, kwargs, defines, notes, user, None
+
+
+def open_file(path: Path) -> tuple[ModuleType, User]:
+    """Import a user's file.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    from edgecompile import ladder
+
+    user = User(path.parent, path.name)
+    with ladder.user_code(user, f"{path.name} was imported"):
+        return _import(path), user
+
+
+def from_file(
+    file: ModuleType, user: User, request: Mapping[str, Any], specs: Mapping[str, Any]
+) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+    """The module that a user's file makes, with example arguments by position and by name.
+
+    Raises:
+        InputError: it makes none, or there are no example inputs.
+    """
     import torch
     from torch import nn
 
     from edgecompile import ladder
 
     path, factory = Path(request["path"]), request["factory"]
-    user = User(path.parent, path.name)
-    with ladder.user_code(user, f"{path.name} was imported"):
-        file = _import(path)
     make = getattr(file, factory, None)
     if isinstance(make, nn.Module):
         module, line = make, ""
@@ -145,13 +178,12 @@ def _python(request: Mapping[str, Any], specs: Mapping[str, Any]) -> tuple[Any, 
         raise InputError(
             f"{line or path.name}: {factory}() returned a {type(module).__name__}", "it must return a torch.nn.Module"
         )
-    notes = [f"{path.name} defines {n}()" for n in ("calibration_data", "evaluate") if callable(vars(file).get(n))]
     example = getattr(file, "example_inputs", None)
     if callable(example):
         with ladder.user_code(user, "example_inputs() was called"):
             values = example()
         args, kwargs = ladder.arguments(values, f"{user.defined(example) or path.name}: example_inputs()")
-        return module, args, kwargs, notes, user, None
+        return module, args, kwargs
     missing = [n for n in ladder.required_parameters(module) if n not in specs]
     if missing or not specs:
         wanted = " ".join(f"--input {n}:1x3x224x224" for n in missing or ["NAME"])
@@ -161,7 +193,7 @@ def _python(request: Mapping[str, Any], specs: Mapping[str, Any]) -> tuple[Any, 
             f"define it, or give shapes: {wanted}",
         )
     rng = torch.Generator().manual_seed(request["seed"])
-    return module, (), {n: ladder.random_tensor(s, rng) for n, s in specs.items()}, notes, user, None
+    return module, (), {n: ladder.random_tensor(s, rng) for n, s in specs.items()}
 
 
 def _pt2(request: Mapping[str, Any], specs: Mapping[str, Any]) -> tuple[Any, ...]:
@@ -185,7 +217,7 @@ def _pt2(request: Mapping[str, Any], specs: Mapping[str, Any]) -> tuple[Any, ...
         raise InputError(
             f"{path.name} holds no example inputs", "", "export it with torch.export.export, which records them"
         )
-    return program.module(), args, kwargs, [], User(path.parent, path.name), program
+    return program.module(), args, kwargs, [], [], User(path.parent, path.name), program
 
 
 _LOADERS: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Any]], tuple[Any, ...]]] = {
@@ -232,4 +264,4 @@ def _has(file: ModuleType) -> str:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    serve(sys.argv[1], _export)

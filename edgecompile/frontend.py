@@ -1,7 +1,8 @@
 """From what a person has to an ONNX graph: a zoo name, a Python file, an exported program or an ONNX file.
 
 A Python file is code. It runs in a child process of its own, with its folder first on the path, and this process sees
-only what the child wrote: an ONNX file, arrays, and JSON. Neither the file nor torch is imported here.
+only what the child wrote: an ONNX file, arrays, and JSON. Neither the file nor torch is imported here. Its
+``evaluate(run)`` runs in another such process, once there is an engine to score.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from edgecompile.oracle import OutputError, Outputs
 
 if TYPE_CHECKING:
     from torch import nn
+
+    from edgecompile.target import EngineManifest
 
 Progress = Callable[[str], None]
 
@@ -80,6 +83,34 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class UserFile:
+    """How to run a user's Python file once more.
+
+    Attributes:
+        request: what the child process is told, as JSON: path, factory, inputs, seed.
+        defines: which of ``calibration_data`` and ``evaluate`` the file has.
+    """
+
+    request: Mapping[str, Any]
+    defines: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """What the user's ``evaluate(run)`` returned; higher is better.
+
+    Attributes:
+        engine: score of the engine.
+        reference: score of the module in eager torch, None if there is none.
+        note: why there is none, else ``""``.
+    """
+
+    engine: float
+    reference: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Source:
     """A model, ready for passes.
 
@@ -92,6 +123,7 @@ class Source:
         attempts: what the export ladder tried.
         versions: of torch and what else made the graph.
         notes: what a reader of the result should know, e.g. ``random weights (seed 0)``.
+        file: the user's file, None if the model does not come from one.
     """
 
     name: str
@@ -102,6 +134,7 @@ class Source:
     attempts: tuple[Attempt, ...]
     versions: Mapping[str, str]
     notes: tuple[str, ...]
+    file: UserFile | None = None
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -221,19 +254,16 @@ def load(
         return Source(Path(path).name, kind, graph, tuple(feeds), (), (), {"onnx": onnx.__version__}, (note,))
     if importlib.util.find_spec("torch") is None:
         raise missing_extra(f"cannot export {source}", "torch", "torch")
-    result = _run_child(
-        {
-            "kind": kind,
-            "path": path,
-            "factory": factory or "model",
-            "inputs": {n: dataclasses.astuple(s) for n, s in specs.items()},
-            "dynamic": ranges,
-            "checkpoint": None if checkpoint is None else os.fspath(checkpoint),
-            "seed": seed,
-        },
-        folder,
-        progress,
-    )
+    request = {
+        "kind": kind,
+        "path": path,
+        "factory": factory or "model",
+        "inputs": {n: dataclasses.astuple(s) for n, s in specs.items()},
+        "dynamic": ranges,
+        "checkpoint": None if checkpoint is None else os.fspath(checkpoint),
+        "seed": seed,
+    }
+    result = _run_child(_EXPORT, request, folder, progress)
     with np.load(folder / "probes.npz", allow_pickle=False) as arrays:
         feeds, reference = (
             tuple(
@@ -254,7 +284,30 @@ def load(
         ),
         versions=result["versions"],
         notes=tuple(result["notes"]),
+        file=UserFile({**request, "path": str(Path(path).resolve())}, tuple(result["defines"]))
+        if kind == "python"
+        else None,
     )
+
+
+def evaluate(
+    file: UserFile, bundle: Path, engine: EngineManifest, *, folder: Path, progress: Progress | None = None
+) -> Accuracy:
+    """Score an engine, and the module it was made from, by the ``evaluate(run)`` of the user's file.
+
+    Args:
+        file: the file; it defines ``evaluate``.
+        bundle: the folder of the engine, with everything that a bundle holds but the manifest.
+        engine: what the engine is.
+        folder: a scratch folder, used by nothing else.
+        progress: as for :func:`load`.
+
+    Raises:
+        InputError: the user's code fails on the engine (named by file and line), or the score is no finite number.
+        EnvironmentMissing: the runtime does not open the engine.
+    """
+    request = {**file.request, "bundle": str(bundle.resolve()), "engine": dataclasses.asdict(engine)}
+    return Accuracy(**_run_child(_EVALUATION, request, folder, progress))
 
 
 def from_module(
@@ -390,8 +443,28 @@ def _check_source(source: str, path: str, kind: str | None) -> None:
 # -- the child process -------------------------------------------------------------------------------------------------
 
 
-def _run_child(request: dict[str, Any], folder: Path, progress: Progress | None) -> dict[str, Any]:
-    """Run ``edgecompile.export_child`` on a request and return its result; the child never outlives the call."""
+@dataclass(frozen=True)
+class _Job:
+    """What a child process does: its module, the word for it, and what helps when the process dies."""
+
+    module: str
+    word: str
+    crashed: str
+    out_of_memory: str
+
+
+_EXPORT = _Job(
+    "edgecompile.export_child", "export", "run model() and the module in Python to see where",
+    "try a smaller batch or image with --input, or a larger machine",
+)  # fmt: skip
+_EVALUATION = _Job(
+    "edgecompile.evaluate_child", "evaluation", "run evaluate() on the module in Python to see where",
+    "read the data piece by piece, or use a larger machine",
+)  # fmt: skip
+
+
+def _run_child(job: _Job, request: dict[str, Any], folder: Path, progress: Progress | None) -> dict[str, Any]:
+    """Run a job on a request and return its result; the child never outlives the call."""
     folder.mkdir(parents=True, exist_ok=True)
     result, crash = folder / "result.json", folder / "crash.txt"
     for stale in (result, crash):
@@ -399,7 +472,7 @@ def _run_child(request: dict[str, Any], folder: Path, progress: Progress | None)
     reader, writer = os.pipe()
     request_file = folder / "request.json"
     request_file.write_text(json.dumps({**request, "folder": str(folder.resolve()), "progress": writer}))
-    command = [sys.executable, "-m", "edgecompile.export_child", str(request_file.resolve())]
+    command = [sys.executable, "-m", job.module, str(request_file.resolve())]
     try:
         child = subprocess.Popen(
             command,
@@ -422,9 +495,9 @@ def _run_child(request: dict[str, Any], folder: Path, progress: Progress | None)
     try:
         answer = json.loads(result.read_text())
     except (OSError, ValueError):
-        answer = {"error": _death(request, child.returncode, crash)}
+        answer = {"error": _death(job, request, child.returncode, crash)}
     if "crash" in answer:
-        raise RuntimeError(f"the export process failed\n{answer['crash']}")
+        raise RuntimeError(f"the {job.word} process failed\n{answer['crash']}")
     if "error" in answer:
         if progress is None and printed:
             sys.stderr.write(printed)
@@ -468,18 +541,18 @@ def _follow(child: subprocess.Popen[bytes], reader: int, progress: Progress | No
     return printed
 
 
-def _death(request: Mapping[str, Any], status: int, crash: Path) -> dict[str, str]:
+def _death(job: _Job, request: Mapping[str, Any], status: int, crash: Path) -> dict[str, str]:
     """The error for a child that ended without an answer."""
     name = Path(request["path"]).name
     places = crash.read_text() if crash.is_file() else ""
     at = User(Path(request["path"]).parent if request["kind"] != "zoo" else None).quoted(places) or name
     if status >= 0:
-        what, why = f"{name}: the process ended with status {status} before the export was done", ""
+        what, why = f"{name}: the process ended with status {status} before the {job.word} was done", ""
         fix = "the file or something it imports calls os._exit"
     else:
         kind = signal.Signals(-status).name
-        what, why = f"{at}: the export process was killed by {kind}", ""
-        fix = "run model() and the module in Python to see where" if request["kind"] == "python" else ""
+        what, why = f"{at}: the {job.word} process was killed by {kind}", ""
+        fix = job.crashed if request["kind"] == "python" else ""
         if kind == "SIGKILL":
-            why, fix = "out of memory, most likely", "try a smaller batch or image with --input, or a larger machine"
+            why, fix = "out of memory, most likely", job.out_of_memory
     return {"type": "InputError", "what": what, "why": why, "fix": fix}

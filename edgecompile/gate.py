@@ -306,12 +306,13 @@ def _measured(bundle: Bundle) -> dict[str, float]:
     from edgecompile.report import Report
 
     report = Report.from_json(json.loads((bundle.path / "report.json").read_text()))
-    seconds = {k: v for k, v in report.provenance.seconds.items() if k != "measure"}
-    return {
+    seconds = {k: v for k, v in report.provenance.seconds.items() if k not in ("measure", "evaluate")}
+    measured = {
         "engine_size": float(_engine_size(bundle)),
         "build_time": sum(seconds.values()),
         "parity": max((e.max_rel for e in report.parity.outputs.values()), default=0.0),
     }
+    return measured | ({"accuracy": report.accuracy.engine} if report.accuracy else {})
 
 
 def _engine_size(bundle: Bundle) -> int:

@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 
 from edgecompile import render_text as text
 from edgecompile.measure import Ratio
-from edgecompile.report import CONFIDENCE, Arm, Latency, Report, error_added
+from edgecompile.report import CONFIDENCE, Arm, Latency, Report, accuracy_level, error_added
 from edgecompile.target import LayerTime
 
 MOST = 500  # rewrites, and notes, of one pass
@@ -148,6 +148,12 @@ def _tiles(report: Report) -> list[_Tile]:
             f"{text.error(report.parity.tolerance)} allowed",
         )
     )  # fmt: skip
+    if report.accuracy:
+        found = report.accuracy
+        against = "of eager torch there is none" if found.reference is None else f"eager {text.score(found.reference)}"
+        tiles.append(
+            _Tile("Accuracy", text.score(found.engine), accuracy_level(found), f"as evaluate(run) gives it · {against}")
+        )
     before, after = report.before, report.after
     tiles.append(
         _Tile(

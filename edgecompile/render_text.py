@@ -85,6 +85,11 @@ def error(value: float | None) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
+def score(value: float) -> str:
+    """What ``evaluate(run)`` returned: six significant digits, no zeros at the end."""
+    return f"{_MINUS if value < 0 else ''}{abs(value):.6g}"
+
+
 def decibels(value: float) -> str:
     """A signal-to-noise ratio."""
     return f"{value:.0f} dB".replace("-", _MINUS) if math.isfinite(value) else "∞ dB" if value > 0 else f"{_MINUS}∞ dB"

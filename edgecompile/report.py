@@ -21,7 +21,7 @@ from edgecompile import __version__, documents
 from edgecompile.bundle import file_digest
 from edgecompile.errors import InputError
 from edgecompile.files import write_atomic
-from edgecompile.frontend import Attempt, Source
+from edgecompile.frontend import Accuracy, Attempt, Source
 from edgecompile.graph import Dim
 from edgecompile.measure import Ratio, Samples, ratio
 from edgecompile.oracle import OutputError
@@ -243,6 +243,7 @@ class Report:
         passes: the steps between.
         parity: the engine against its reference.
         latency: None if it was not measured.
+        accuracy: what the user's ``evaluate(run)`` returned; None without it, or if it was not asked.
         layers: time of each layer of the engine, in execution order.
         files: of the bundle, as far as they were written when the report was made.
         warnings: what went wrong without stopping the build.
@@ -257,6 +258,7 @@ class Report:
     passes: tuple[Step, ...]
     parity: Parity
     latency: Latency | None
+    accuracy: Accuracy | None
     layers: tuple[LayerTime, ...]
     files: tuple[File, ...]
     warnings: tuple[str, ...] = ()
@@ -276,6 +278,7 @@ class Report:
         parity: Mapping[str, OutputError],
         tolerance: float,
         latency: Sequence[tuple[str, Samples]],
+        accuracy: Accuracy | None,
         layers: Iterable[LayerTime],
         engine: EngineManifest,
         machine: Mapping[str, Any],
@@ -296,6 +299,7 @@ class Report:
             parity: the engine against the reference, per output.
             tolerance: largest ``max_rel`` allowed.
             latency: label and samples of each arm, in the order plain export, after each pass, engine; may be empty.
+            accuracy: what the user's ``evaluate(run)`` returned, if it was called.
             layers: of the engine.
             engine: its manifest.
             machine: what is known about the machine.
@@ -319,6 +323,7 @@ class Report:
             passes=trace.steps,
             parity=Parity(reference if source.reference else "the graph as given", tolerance, dict(parity)),
             latency=Latency.of(latency) if latency else None,
+            accuracy=accuracy,
             layers=tuple(layers),
             files=tuple(File(p.name, p.stat().st_size, file_digest(p)) for p in files),
             warnings=tuple(warnings),
@@ -332,6 +337,8 @@ class Report:
         from edgecompile import render_text as text
 
         lines = [self._parity_line(text), self._latency_line(text)]
+        if self.accuracy is not None:
+            lines.append(_accuracy_line(self.accuracy, text))
         lines += [
             Line("warn", "A pass was rolled back; the engine is built without it:", f"{s.spec}: {s.failure}")
             for s in self.passes
@@ -450,6 +457,22 @@ def error_added(step: Step) -> float | None:
     if step.errors is None or step.failure:
         return None
     return max((e.max_rel for e in step.errors.values()), default=0.0, key=_severity)
+
+
+def accuracy_level(found: Accuracy) -> str:
+    """``warn`` if the engine scores less than eager torch by more than rounding, ``good`` if not, else ``info``."""
+    if found.reference is None:
+        return "info"
+    same = math.isclose(found.engine, found.reference, rel_tol=1e-6)
+    return "good" if same or found.engine > found.reference else "warn"
+
+
+def _accuracy_line(found: Accuracy, text) -> Line:
+    if found.reference is None:
+        return Line("info", f"Accuracy {text.score(found.engine)}; there is none of eager torch:", found.note)
+    both = f"accuracy {text.score(found.engine)}, eager {text.score(found.reference)}"
+    level = accuracy_level(found)
+    return Line(level, f"Less accurate than eager torch: {both}." if level == "warn" else f"{both.capitalize()}.")
 
 
 # -- layers by module ------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from edgecompile import oracle
+from edgecompile import driver, oracle
 from edgecompile.frontend import load, parse_dynamics
 from edgecompile.graph import Graph
 
@@ -45,6 +46,17 @@ def test_dict_outputs(tmp_path):
         "features.0": ("batch", 32, 16, 16), "features.1": ("batch", 64, 8, 8),
     }  # fmt: skip
     assert source.notes == ("outputs that are no tensors are left out: num_classes (int)",)
+
+
+def test_accuracy(tmp_path):
+    pytest.importorskip("torch")
+    source = load(str(EXAMPLES / "accuracy.py"), folder=tmp_path / "scratch")
+    same_as_torch(source)
+    options = driver.Options(seconds=0.1, target_options={"threads": 1})
+    made = driver.build(source, tmp_path / "out", options)
+    found = json.loads((made.path / "report.json").read_text())["accuracy"]
+    assert 0.8 < found["engine"] < 0.98  # guessing gives 0.25, and a task without errors would show nothing
+    assert abs(found["engine"] - found["reference"]) <= 1 / 512 and found["note"] == ""
 
 
 def test_external_data(tmp_path):

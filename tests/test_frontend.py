@@ -167,6 +167,8 @@ def test_user_folder_wins_over_our_packages(own_packages):
     source, _ = own_packages
     assert source.reference[0]["output"].shape == (1, 6, 6, 6)  # helper.WIDTH, and a Net from the user's `models`
     assert source.notes == ("model.py defines calibration_data()",)
+    assert source.file is not None and source.file.defines == ("calibration_data",)
+    assert source.file.request["path"] == str((SOURCES / "own_packages" / "model.py").resolve())
     assert {p for n in source.graph.nodes for p in provenance(n).modules} <= {"0", "1", "2"}
     assert not list((SOURCES / "own_packages").rglob("__pycache__"))
 
@@ -188,6 +190,7 @@ def test_zoo(tmp_path):
     source = load("shvit_s1", folder=tmp_path, inputs={"x": (2, 3, 128, 128)}, seed=3)
     recompute(source)
     assert (source.name, source.kind, source.notes[0]) == ("shvit_s1", "zoo", "random weights (seed 3)")
+    assert source.file is None
     assert source.feeds[0]["x"].shape == (2, 3, 128, 128)
     assert any("blocks" in p for n in source.graph.nodes for p in provenance(n).modules)
 

@@ -175,6 +175,24 @@ def test_budgets_need_no_baseline(bundles, tmp_path):
     assert re.search(r"::error file=[^,]*edgecompile.toml,line=3,", done.stdout)
 
 
+def test_accuracy_is_what_the_report_of_the_candidate_says(bundles, tmp_path):
+    base = bundle.Bundle.open(bundles / "base")
+    assert gate._measured(base).keys() == {"engine_size", "build_time", "parity"}
+    document = json.loads((base.path / "report.json").read_text())
+    document["accuracy"] = {"engine": 0.71, "reference": 0.72, "note": ""}
+    document["provenance"]["seconds"] = {"passes": 1.0, "build": 2.0, "measure": 40.0, "evaluate": 80.0}
+    (tmp_path / "report.json").write_text(json.dumps(document))
+    measured = gate._measured(bundle.Bundle(tmp_path, base.manifest))
+    assert (measured["accuracy"], measured["build_time"]) == (0.71, 3.0)
+
+
+def test_a_budget_for_accuracy_needs_evaluate(bundles, tmp_path):
+    (tmp_path / "edgecompile.toml").write_text("[gate.budgets]\naccuracy = 0.5\n")
+    done = run("gate", bundles / "base", "--config", "edgecompile.toml", "-o", "out", cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert "define evaluate(run) in model.py" in done.stderr
+
+
 def test_stored_numbers_count_only_where_they_were_made(bundles, tmp_path):
     (tmp_path / "edgecompile.toml").write_text(
         '[gate.device.orin]\nmatch = "nvidia-jetson-*"\nbudgets.latency_p50 = "1ms"\n'

@@ -29,7 +29,7 @@ from rich.console import Console
 from edgecompile import measure, render_html, render_text, report, stats
 from edgecompile.driver import Options
 from edgecompile.errors import InputError
-from edgecompile.frontend import Attempt, Source
+from edgecompile.frontend import Accuracy, Attempt, Source
 from edgecompile.graph import Graph
 from edgecompile.measure import Ratio, Samples
 from edgecompile.oracle import OutputError, compare_all, probe_feeds, run
@@ -144,6 +144,7 @@ def full(**changes) -> Report:
         ),
         parity=Parity("eager torch", 1e-4, _errors(3.1e-6)),
         latency=Latency.of(arms),
+        accuracy=Accuracy(0.7134, None, "model.py:61: RuntimeError: boom; evaluate() was called with eager torch"),
         layers=_layers(),
         files=(
             File("model.onnx", 25_411_221, hashlib.sha256(b"model").hexdigest()),
@@ -158,8 +159,8 @@ def empty() -> Report:
     same = Stats(3, 0, None, 0)
     return full(
         model=Model("net.onnx", "onnx", (), (Port("y", "float32", ()),)),
-        export=(), before=same, after=same, passes=(), latency=None, layers=(), files=(),
-        parity=Parity("the graph as given", 1e-4, {"y": OutputError(0.0, 0.0, 1.0, math.inf)}),
+        export=(), before=same, after=same, passes=(), latency=None, accuracy=None, layers=(),
+        files=(), parity=Parity("the graph as given", 1e-4, {"y": OutputError(0.0, 0.0, 1.0, math.inf)}),
     )  # fmt: skip
 
 
@@ -180,6 +181,7 @@ VARIANTS: dict[str, Callable[[], Report]] = {
         parity=Parity("eager torch", 1e-4, {"y": OutputError(math.nan, math.nan, 0.0, math.nan)})
     ),
     "no outputs": lambda: full(parity=Parity("eager torch", 1e-4, {})),
+    "less accurate": lambda: full(accuracy=Accuracy(0.71, 0.7134)),
     "no time": lambda: full(layers=tuple(dataclasses.replace(x, microseconds=0.0) for x in _layers())),
     "unknown work": lambda: full(before=Stats(642, 6_341_228, None, 25_411_004)),
 }
@@ -235,6 +237,10 @@ def _break(document: dict[str, Any], how: str) -> None:
             document["before"]["nodes"] = "642"
         case "wrong word":
             document["parity"]["outputs"]["logits"]["snr_db"] = "infinite"
+        case "made before there was accuracy":
+            del document["accuracy"]
+        case "accuracy is no number":
+            document["accuracy"]["engine"] = "71 %"
         case "list for a map":
             document["parity"]["outputs"] = []
         case "other schema":
@@ -247,6 +253,8 @@ BREAKS = [
     "missing key",
     "wrong type",
     "wrong word",
+    "made before there was accuracy",
+    "accuracy is no number",
     "list for a map",
     "other schema",
 ]
@@ -268,6 +276,13 @@ def test_a_broken_document_is_refused_by_schema_and_reader(how: str):
 @pytest.mark.parametrize("document", [None, [], {}, "edgecompile.report/1", {"schema": "edgecompile.report/1"}])
 def test_what_is_no_report_is_refused(document: Any):
     with pytest.raises(InputError):
+        Report.from_json(document)
+
+
+def test_a_document_from_before_there_was_accuracy_is_told_what_it_lacks():
+    document = full().to_json()
+    del document["accuracy"]
+    with pytest.raises(InputError, match="report lacks or should not have accuracy"):
         Report.from_json(document)
 
 
@@ -357,7 +372,8 @@ def test_a_report_is_made_from_what_a_build_knows(tmp_path: Path):
             source=source, options=Options(seed=7), spec="drop_identity", command="edgecompile build net.onnx",
             created="2025-03-14T09:26:53+00:00", trace=trace, before=stats.count(given, feeds[0]),
             after=stats.count(graph, feeds[0]), parity=compare_all(run(given, feeds[0]), run(graph, feeds[0])),
-            tolerance=1e-4, latency=list(arms.items()), layers=[LayerTime("MatMul", "MatMul", 1.5, ("n",), ("fc",))],
+            tolerance=1e-4, latency=list(arms.items()),
+            accuracy=Accuracy(0.5, 0.5), layers=[LayerTime("MatMul", "MatMul", 1.5, ("n",), ("fc",))],
             engine=EngineManifest("ort", ("model.onnx",), {}, "cpu", {}), machine=measure.machine(),
             seconds={"passes": 0.1}, files=[file],
         )  # fmt: skip
@@ -371,6 +387,7 @@ def test_a_report_is_made_from_what_a_build_knows(tmp_path: Path):
     assert found.latency is not None
     assert 0.2 < found.latency.ratio.value < 0.6
     assert found.provenance.seed == 7
+    assert found.accuracy == Accuracy(0.5, 0.5)
     assert found.parity.reference == "the graph as given"
     assert made("python", (reference,)).parity.reference == "eager torch"
     assert made("bundle", (reference,)).parity.reference == "the stored reference"
@@ -386,7 +403,7 @@ def _said(made: Report) -> list[tuple[str, str]]:
 
 
 def test_the_verdict_of_a_good_build():
-    (parity, latency, rolled_back, export) = _said(full())
+    (parity, latency, accuracy, rolled_back, export) = _said(full())
     assert parity == (
         "good",
         "The same model: no output is off by more than 3.1e-6 of its largest value, against eager torch "
@@ -397,6 +414,11 @@ def test_the_verdict_of_a_good_build():
         r"1\.4\d× as fast as the plain export "
         r"\(p50 3\.0\d ms against 4\.3\d ms, 95 % interval 1\.4\d–1\.4\d×, thread CPU time\)\.",
         latency[1],
+    )
+    assert accuracy == (
+        "info",
+        "Accuracy 0.7134; there is none of eager torch: model.py:61: RuntimeError: boom; evaluate() was called with "
+        "eager torch",
     )
     assert rolled_back == (
         "warn",
@@ -440,6 +462,35 @@ def test_the_verdict_on_latency_follows_the_interval(made: Report, level: str, w
     said = _said(made)[1]
     assert said[0] == level
     assert words in said[1]
+
+
+@pytest.mark.parametrize(
+    ("engine", "reference", "level", "words"),
+    [
+        (0.713, 0.712, "good", "Accuracy 0.713, eager 0.712."),
+        (0.712, 0.712, "good", "Accuracy 0.712, eager 0.712."),
+        (0.712, 0.713, "warn", "Less accurate than eager torch: accuracy 0.712, eager 0.713."),
+        (-2.0, -1.0, "warn", "Less accurate than eager torch: accuracy −2, eager −1."),
+        (-1.0, -2.0, "good", "Accuracy −1, eager −2."),
+        (1 / 3, 1 / 3 + 1e-9, "good", "Accuracy 0.333333, eager 0.333333."),
+        (0.0, 1e-5, "warn", "Less accurate than eager torch: accuracy 0, eager 1e-05."),
+    ],
+)
+def test_accuracy_is_said_once_in_every_rendering(engine: float, reference: float, level: str, words: str):
+    made = full(accuracy=Accuracy(engine, reference))
+    assert _said(made)[2] == (level, words)
+    assert words in render_text.markdown(made)
+    assert words in " ".join(_printed(made, width=200).split())
+    assert words in (page := render_html.page(made))
+    tile = f'<dt>Accuracy</dt><dd class="big {level}">{render_text.score(engine)}</dd>'
+    assert page.count(tile) == 1 and f"· eager {render_text.score(reference)}<" in page
+
+
+def test_without_evaluate_nothing_is_said_of_accuracy():
+    made = full(accuracy=None)
+    shown = (render_text.markdown(made), _printed(made), render_html.page(made))
+    assert not [text for text in shown if "ccura" in text]
+    assert made.to_json()["accuracy"] is None
 
 
 def test_the_verdict_tells_what_was_not_compared_and_what_the_build_warns_of():
@@ -763,8 +814,9 @@ def test_the_terminal_says_the_verdict_first():
     lines = _printed(full(), width=200).splitlines()
     assert lines[0] == "shvit_s1 → ort fp32"
     assert lines[1].startswith("ok: The same model")
-    assert lines[3].startswith("warning: A pass was rolled back")
-    assert lines[3].endswith("the budget is 5.0e-02")
+    assert lines[3].startswith("note: Accuracy 0.7134")
+    assert lines[4].startswith("warning: A pass was rolled back")
+    assert lines[4].endswith("the budget is 5.0e-02")
     wrong = _printed(full(parity=Parity("eager torch", 1e-7, full().parity.outputs)))
     assert "\nFAILED: Not the same model" in wrong
     assert "FAILED\n" in wrong.partition("Parity")[2]
