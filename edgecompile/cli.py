@@ -97,7 +97,8 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
 @main.command(
     epilog="\b\nExamples:\n  edgecompile build shvit_s1 --target ort\n"
     "  edgecompile build model.py:small --target ort -o build/small --dynamic x:0=1:4:16\n"
-    "  edgecompile build net.onnx --target ort --option threads=1 --option ort_format=true"
+    "  edgecompile build net.onnx --target ort --option threads=1 --option ort_format=true\n"
+    "  edgecompile build net.onnx --precision int8 --calib images/ --config edgecompile.toml"
 )
 @click.argument("source")
 @click.option("--target", default="ort", show_default=True, help="Backend: see `edgecompile doctor`.")
@@ -110,6 +111,12 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
 @click.option(
     "--option", "target_options", multiple=True, metavar="KEY=VALUE", help="Option of the target, e.g. threads=1."
 )
+@click.option("--calib", metavar="PATH", help="Calibration data: folder of images, .npz, .npy, or random:16.")
+@click.option("--calib-memory", metavar="512MiB", help="Memory that calibration may take for activations.")
+@click.option(
+    "--min-snr", type=float, metavar="DB", help="Least signal-to-noise ratio below fp32; layers are reverted."
+)
+@click.option("--force", is_flag=True, help="Keep int8 or fp16 even if it is not faster than fp32.")
 @click.option("--strict", is_flag=True, help="Stop when a pass fails, instead of going on without it.")
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
 @_seed
@@ -123,6 +130,7 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
     built again for this machine.
     """
     from edgecompile import bundle, driver, report
+    from edgecompile import config as files
 
     given = _with_config(ctx, config, given)
     if bundle.is_bundle(given["source"]) and given["output"] is None:
@@ -135,6 +143,11 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
         bench=not given["no_bench"],
         seed=given["seed"],
         target_options=dict(pair(o) for o in given["target_options"]),
+        calib=given["calib"],
+        preprocess=files.load_preprocess(config) if config else None,
+        calib_memory=files.size(given["calib_memory"], "--calib-memory") if given["calib_memory"] else None,
+        min_snr=given["min_snr"],
+        force=given["force"],
     )
     if options.passes is None and not bundle.is_bundle(given["source"]):
         driver.pipeline_spec(options)  # a wrong target or precision fails before the export

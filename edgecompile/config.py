@@ -7,6 +7,11 @@
     [build]                         # the options of `edgecompile build`, by their names there
     target = "ort"
 
+    [preprocess]                    # how images become inputs, see edgecompile.calibration_data.Preprocess
+    size = [224, 224]
+    mean = [0.485, 0.456, 0.406]
+    std = [0.229, 0.224, 0.225]
+
     [gate]
     max_regression = "5%"           # or 0.05
     alpha = 0.01
@@ -52,10 +57,13 @@ from decimal import Decimal
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgecompile.errors import InputError
 from edgecompile.fingerprint import FACTS, PREFIXES, Fingerprint
+
+if TYPE_CHECKING:
+    from edgecompile.calibration_data import Preprocess
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -282,6 +290,26 @@ def _transport(value: Any, where: str) -> str:
     raise _wrong(value, where, "a way to reach a device", '"ssh://orin" or "ssh://user@host:22"')
 
 
+def _numbers(value: Any, where: str) -> tuple[float, ...]:
+    """One number, or one per channel."""
+    found = [_number(v) for v in (value if isinstance(value, list) else [value])]
+    numbers = tuple(n for n in found if n is not None and math.isfinite(n))
+    if not numbers or len(numbers) != len(found):
+        raise _wrong(value, where, "a number for each channel", "[0.485, 0.456, 0.406]")
+    return numbers
+
+
+def _extent(value: Any, where: str) -> tuple[int, int]:
+    found = value if isinstance(value, list) else [value, value]
+    if len(found) != 2 or not all(type(v) is int and v > 0 for v in found):
+        raise _wrong(value, where, "a height and a width", "[224, 224]")
+    return found[0], found[1]
+
+
+def _factor(value: Any, where: str) -> float:
+    return _numbers(value, where)[0]
+
+
 def _against(value: Any, where: str) -> str:
     if value not in ("baseline", "source"):
         raise _wrong(value, where, "something to compare with", '"baseline" or "source"')
@@ -426,6 +454,11 @@ class _Table:
         return replace(self, path=(*self.path, key), content=self.content.get(key, {}))
 
 
+_PREPROCESS: Mapping[str, Reader] = {
+    "size": _extent, "mean": _numbers, "std": _numbers, "scale": _factor, "layout": _name, "color": _name, "fit": _name,
+}  # fmt: skip
+
+
 def load(path: Path, table: str, keys: Sequence[str]) -> dict[str, Any]:
     """One table of a configuration file, its values unchecked.
 
@@ -440,6 +473,18 @@ def load(path: Path, table: str, keys: Sequence[str]) -> dict[str, Any]:
     found = _open(path)[0].table(table)
     found.check(keys)
     return found.content
+
+
+def load_preprocess(path: Path) -> Preprocess | None:
+    """The ``[preprocess]`` table of a configuration file, None if it has none.
+
+    Raises:
+        InputError: the file is missing or not TOML, or has a table, key or value that cannot be.
+    """
+    from edgecompile.calibration_data import Preprocess
+
+    values = _open(path)[0].table("preprocess").read(_PREPROCESS)
+    return Preprocess(**values) if values else None
 
 
 def load_gate(path: Path) -> GateConfig:
@@ -490,7 +535,7 @@ def _open(path: Path) -> tuple[_Table, str]:
     except (ValueError, RecursionError) as error:  # beyond its own error, the parser leaves absurd numbers and depths
         raise InputError(f"{path} is not TOML", str(error)) from None
     places = {key: f"{path}:{line}" for key, line in _lines(text).items()}
-    known = ("version", "build", "gate")
+    known = ("version", "build", "gate", "preprocess")
     for name in document:
         if name not in known:
             raise _unknown(f"{places.get(name, path)}: there is no table [{name}]", name, known)

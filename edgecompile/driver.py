@@ -10,23 +10,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgecompile import __version__, bundle, frontend, measure, oracle, registry, report, stats
+from edgecompile import __version__, bundle, calibration_data, frontend, measure, oracle, registry, report, stats
 from edgecompile.bundle import Bundle
 from edgecompile.errors import InputError, ParityError
-from edgecompile.files import new_folder
+from edgecompile.files import new_folder, write_atomic
 from edgecompile.frontend import Source
 from edgecompile.graph import Graph
 from edgecompile.oracle import OutputError, Outputs
 from edgecompile.pipeline import Pipeline, Step
-from edgecompile.target import Engine, EngineManifest, Target
+from edgecompile.target import Engine, EngineManifest, LayerTime, Target
 
-# Largest difference between the engine and its reference, relative to the largest value of the output. Different
-# kernels sum in different orders; the deepest detectors need the most room.
-TOLERANCE = {"fp32": 1e-4}
+if TYPE_CHECKING:
+    from edgecompile.calibration_data import CalibrationData, Preprocess
+
+# Largest difference between the engine and its reference, relative to the largest value of the output. In fp32,
+# different kernels sum in different orders; the deepest detectors need the most room. Below fp32 the passes keep
+# budgets of their own, and this only tells an engine that is less precise from one that is wrong.
+TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1, "int8": 0.5}
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,12 @@ class Options:
         seed: of random weights and probe inputs.
         target_options: options of the target, as text or typed.
         seconds: measuring time in all.
+        calib: calibration data, see :func:`edgecompile.calibration_data.open_data`; else ``calibration_data()`` of the
+            model's file.
+        preprocess: how images become inputs, for a folder of images.
+        min_snr: least signal-to-noise ratio in dB that the passes of the precision may leave, None for their own.
+        calib_memory: bytes that calibration may take for activations, None for the pass's own.
+        force: keep an engine of lower precision even if it is slower than that of the precision it came from.
     """
 
     target: str = "ort"
@@ -52,6 +62,11 @@ class Options:
     seed: int = 0
     target_options: Mapping[str, Any] = field(default_factory=dict)
     seconds: float = 10.0
+    calib: str | None = None
+    preprocess: Preprocess | None = None
+    min_snr: float | None = None
+    calib_memory: int | None = None
+    force: bool = False
 
 
 def pipeline_spec(options: Options) -> str:
@@ -81,6 +96,9 @@ def default_output(name: str) -> Path:
 def build(source: Source, out: Path, options: Options, progress: Callable[[str], None] | None = None) -> Bundle:
     """Run the passes, lower, prove parity, evaluate, measure, and write the bundle as a whole or not at all.
 
+    An engine of lower precision must be faster than that of the graph it was made from. If it is not, the faster one is
+    built in its place; the report says so first, and that of the slower one lies beside it.
+
     Args:
         source: what :func:`edgecompile.frontend.load` returned.
         out: folder of the bundle; a bundle already there is replaced.
@@ -88,7 +106,8 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
         progress: called with what is being done.
 
     Raises:
-        InputError: an option or the model cannot be used, or the user's ``evaluate(run)`` fails.
+        InputError: an option or the model cannot be used, the user's ``evaluate(run)`` fails, or int8 is asked for and
+            there is no calibration data.
         ParityError: the engine does not compute what the source does; nothing is written.
         PassError: a pass failed, with ``options.strict``.
         EnvironmentMissing: the target's runtime is missing.
@@ -96,21 +115,47 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
     say = progress or (lambda _: None)
     if out.is_dir() and any(out.iterdir()) and not bundle.is_bundle(out):
         raise InputError(f"{out} holds something that is not a bundle", "it would be replaced", "choose another -o")
+    try:
+        return _build(source, out, options, say)
+    except _Slower as slower:
+        say(f"{slower.why}: building fp32 instead")
+        return _build(source, out, replace(options, precision="fp32"), say, slower)
+
+
+class _Slower(Exception):
+    """An engine of lower precision is not faster.
+
+    Attributes:
+        why: in one sentence.
+        precision: of that engine.
+        report: its report, as JSON.
+    """
+
+    def __init__(self, why: str, precision: str, report: bytes):
+        super().__init__(why)
+        self.why, self.precision, self.report = why, precision, report
+
+
+def _build(
+    source: Source, out: Path, options: Options, say: Callable[[str], None], instead_of: _Slower | None = None
+) -> Bundle:
     target = registry.target(options.target)
     spec = pipeline_spec(options)
-    pipeline = Pipeline.parse(spec) if spec else Pipeline(())
+    pipeline = _with_budgets(Pipeline.parse(spec) if spec else Pipeline(()), options)
     clock = _Clock()
     graph = source.graph.copy()
     stages: list[tuple[Step, Graph]] = []
-    with clock("passes"):
-        trace = pipeline.run(
-            graph,
-            source.feeds,
-            strict=options.strict,
-            progress=say,
-            on_step=lambda step, after: stages.append((step, after.copy())) if step.rewrites else None,
-        )
     with new_folder(out) as folder, tempfile.TemporaryDirectory(prefix="edgecompile-") as scratch:
+        data = _calibration(source, pipeline, options, Path(scratch) / "calibration", say)
+        with clock("passes"):
+            trace = pipeline.run(
+                graph,
+                source.feeds,
+                strict=options.strict,
+                progress=say,
+                on_step=lambda step, after: stages.append((step, after.copy())) if step.rewrites else None,
+                calibration=data,
+            )
         files = [f.name for f in graph.save(folder / bundle.MODEL)]
         say(f"building the {options.target} engine")
         with clock("build"):
@@ -129,7 +174,7 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
             say("evaluating")
             with clock("evaluate"):
                 accuracy = frontend.evaluate(
-                    source.file, folder, engine.manifest, folder=Path(scratch) / "evaluate", progress=progress
+                    source.file, folder, engine.manifest, folder=Path(scratch) / "evaluate", progress=say
                 )
         latency, layers = [], []
         if options.bench:
@@ -137,6 +182,12 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
                 latency = _measure(target, engine, graph, folder, source, stages, options, Path(scratch), say)
                 say("profiling layers")
                 layers = engine.layers(source.feeds[0])
+        warnings = [f"{instead_of.why}; this is fp32 (--force keeps {instead_of.precision})"] if instead_of else []
+        if data is not None and data.random:
+            warnings.append("the ranges come from random numbers, which say nothing about the accuracy on real data")
+        slower = _slower(dict(latency), stages, layers, options)
+        if slower and options.force:
+            warnings.insert(0, slower)
         made = report.Report.from_build(
             source=source,
             options=options,
@@ -155,9 +206,14 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
             machine=measure.machine(),
             seconds=clock.seconds,
             files=[folder / f for f in (*files, *engine.manifest.files)],
+            warnings=warnings,
         )
         made.write(folder)
         engine.close()
+        if slower and not options.force:
+            raise _Slower(slower, options.precision, (folder / "report.json").read_bytes())
+        if instead_of:
+            write_atomic(folder / f"rejected-{instead_of.precision}.json", [instead_of.report])
         manifest = bundle.write_manifest(
             folder,
             engine.manifest,
@@ -168,6 +224,58 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
             versions={"edgecompile": __version__, **source.versions, **engine.manifest.versions},
         )
     return Bundle(out, manifest)
+
+
+def _with_budgets(pipeline: Pipeline, options: Options) -> Pipeline:
+    """The passes that have a budget, with that of the options."""
+    wanted = {"min_snr": options.min_snr, "memory": options.calib_memory}
+    passes: list[Any] = list(pipeline.passes)
+    given = {name: value for name, value in wanted.items() if value is not None}
+    return Pipeline(tuple(replace(p, **{k: v for k, v in given.items() if hasattr(p, k)}) for p in passes))
+
+
+def _calibration(
+    source: Source, pipeline: Pipeline, options: Options, folder: Path, say: Callable[[str], None]
+) -> CalibrationData | None:
+    """The data that the passes take statistics from, None if none is given and none is needed."""
+    if not any(p.name in _CALIBRATED for p in pipeline.passes):
+        return None
+    inputs = source.graph.signature().inputs
+    given: str | Path | None = options.calib
+    if given is None and source.file and "calibration_data" in source.file.defines:
+        given = frontend.calibration_data(source.file, inputs, folder=folder, progress=say)
+    if given is None and not any(_CALIBRATED.get(p.name) for p in pipeline.passes):
+        return None
+    return calibration_data.open_data(given, inputs, options.preprocess, options.seed)
+
+
+_CALIBRATED = {"cast": False, "quantize": True}  # pass that uses calibration data -> whether it needs it
+
+
+def _slower(
+    arms: Mapping[str, measure.Samples],
+    stages: Sequence[tuple[Step, Graph]],
+    layers: Sequence[LayerTime],
+    options: Options,
+) -> str:
+    """Why an engine of lower precision is not worth having, ``""`` if it is or nothing was measured."""
+    inexact = next((i for i, (step, _) in enumerate(stages) if not step.exact), None)
+    if not arms or inexact is None:
+        return ""
+    before = list(arms)[inexact]  # the plain export comes first, so this is what the passes before it left
+    found = measure.ratio(arms["engine"], arms[before])
+    if found.value < 1:
+        return ""
+    between = [x for x in layers if x.op in ("QuantizeLinear", "DequantizeLinear", "Cast")]
+    costly = sorted(report.by_module(layers), key=lambda m: -m.microseconds)[:3]
+    parts = [
+        f"{options.precision} is not faster than fp32 here: {found.value:.2f} of its time "
+        f"({found.low:.2f} to {found.high:.2f})",
+        f"{len(between)} conversions between types run as kernels of their own, "
+        f"{sum(x.microseconds for x in between):.0f} us" if between else "",
+        "most time goes into " + ", ".join(f"{m.path} ({m.microseconds:.0f} us)" for m in costly) if costly else "",
+    ]  # fmt: skip
+    return "; ".join(filter(None, parts))
 
 
 def _require_parity(errors: Mapping[str, OutputError], tolerance: float, source: Source) -> None:

@@ -19,7 +19,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,7 +30,7 @@ import onnx
 from edgecompile import errors, models, oracle
 from edgecompile.blame import User
 from edgecompile.errors import InputError, missing_extra
-from edgecompile.graph import Graph
+from edgecompile.graph import Graph, Port
 from edgecompile.oracle import OutputError, Outputs
 
 if TYPE_CHECKING:
@@ -310,6 +310,22 @@ def evaluate(
     return Accuracy(**_run_child(_EVALUATION, request, folder, progress))
 
 
+def calibration_data(file: UserFile, inputs: Sequence[Port], *, folder: Path, progress: Progress | None = None) -> Path:
+    """Read ``calibration_data()`` of the user's file into an ``.npz`` file.
+
+    Args:
+        file: the file; it defines ``calibration_data``.
+        inputs: of the exported model.
+        folder: a scratch folder that outlives the result.
+        progress: as for :func:`load`.
+
+    Raises:
+        InputError: the user's code fails (named by file and line), or a sample does not fit the model.
+    """
+    request = {**file.request, "ports": [dataclasses.asdict(port) for port in inputs]}
+    return folder / _run_child(_CALIBRATION, request, folder, progress)["file"]
+
+
 def from_module(
     module: nn.Module,
     example_inputs: Any,
@@ -460,6 +476,11 @@ _EXPORT = _Job(
 _EVALUATION = _Job(
     "edgecompile.evaluate_child", "evaluation", "run evaluate() on the module in Python to see where",
     "read the data piece by piece, or use a larger machine",
+)  # fmt: skip
+
+_CALIBRATION = _Job(
+    "edgecompile.calibration_child", "reading of calibration data", "run calibration_data() in Python to see where",
+    "yield smaller samples, or use a larger machine",
 )  # fmt: skip
 
 

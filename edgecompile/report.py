@@ -336,7 +336,8 @@ class Report:
         """The result in a few sentences, the most important first."""
         from edgecompile import render_text as text
 
-        lines = [self._parity_line(text), self._latency_line(text)]
+        lines = [Line("warn", "The build says:", w) for w in self.warnings]
+        lines += [self._parity_line(text), self._latency_line(text)]
         if self.accuracy is not None:
             lines.append(_accuracy_line(self.accuracy, text))
         lines += [
@@ -358,7 +359,7 @@ class Report:
             for a in self.export
             if not a.ok
         ]
-        return (*lines, *(Line("warn", "The build says:", w) for w in self.warnings))
+        return tuple(lines)
 
     def _parity_line(self, text) -> Line:
         if not self.parity.outputs:
