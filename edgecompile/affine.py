@@ -153,19 +153,32 @@ class Affine:
         last = start + (window - 1) * dilation
         attributes = {"kernel_shape": window, "dilations": dilation}
         if max(self.up) == 1:
-            op, cells = "Conv", self.taps - start
+            op = "Conv"
             attributes |= {"strides": self.stride, "pads": [*-start, *(self.grow + last)]}
         else:
-            op, cells = "ConvTranspose", last - self.taps
+            op = "ConvTranspose"
             crop = 1 - start - self.up - self.grow  # at the end: padding if positive, else output padding
             attributes |= {"strides": self.up, "pads": [*last, *np.maximum(crop, 0)]}
             attributes["output_padding"] = np.maximum(-crop, 0)
-        weight, bias = round_to(self._grouped(cells // dilation, window), self.bias, dtype)
-        if op == "ConvTranspose":
-            weight = weight.reshape(self.groups, -1, *weight.shape[1:]).swapaxes(1, 2)
-            weight = weight.reshape(self.channels, -1, *window)
+        _affordable(math.prod(window), self.outputs, self.channels // self.groups, LIMIT)
         lists = {name: [int(v) for v in values] for name, values in attributes.items()}
+        weight, bias = round_to(self.weight(op, window, lists["pads"], dilation, self.groups), self.bias, dtype)
         return Conv(op, weight, bias, {**lists, "group": self.groups})
+
+    def weight(
+        self, op: str, window: _Ints, pads: _Ints | None = None, dilations: _Ints | None = None, group: int = 1
+    ) -> np.ndarray:
+        """The weight, in float64, with which a Conv or ConvTranspose of these attributes computes this map.
+
+        The taps must lie in its window, and its groups must hold what the map reads.
+        """
+        begin = np.array(pads if pads is not None else [0] * 2 * self.rank, int)[: self.rank]
+        cells = self.taps + begin if op == "Conv" else begin - self.taps
+        weight = self._grouped(cells // (1 if dilations is None else np.array(dilations, int)), window, group)
+        if op == "ConvTranspose":
+            weight = weight.reshape(group, -1, *weight.shape[1:]).swapaxes(1, 2)
+            weight = weight.reshape(self.channels, -1, *window)
+        return weight
 
     def as_matrix(self, dtype: np.dtype | type = np.float64) -> tuple[np.ndarray, np.ndarray | None]:
         """Weight [C_out, C_in] and bias [C_out] (None if zero) of a pointwise map.
@@ -175,10 +188,7 @@ class Affine:
         """
         if not self.is_pointwise:
             raise Refusal(f"a {self} is no matrix on the channels")
-        dense = np.zeros((self.outputs, self.channels))
-        row, slot = np.nonzero(self._used)
-        dense[row, self.inputs[row, slot]] = self.kernel[0, row, slot]
-        return round_to(dense, self.bias, dtype)
+        return round_to(self._grouped(np.zeros((1, 0), int), (), 1), self.bias, dtype)
 
     @cached_property
     def _used(self) -> np.ndarray:
@@ -203,16 +213,22 @@ class Affine:
         last = last - np.maximum(lowest - last, 0) // -dilation * dilation
         return first, (last - first) // dilation + 1, dilation
 
-    def _grouped(self, cells: np.ndarray, window: np.ndarray) -> np.ndarray:
+    def _grouped(self, cells: np.ndarray, window: _Ints, groups: int) -> np.ndarray:
         """The weight [C_out, C_in/groups, *window] with tap t in the window's cell ``cells[t]``."""
-        slots = self.channels // self.groups
-        _affordable(math.prod(window), self.outputs, slots, LIMIT)
-        weight = np.zeros((math.prod(window), self.outputs, slots))
-        row, slot = np.nonzero(self._used)
-        column = self.inputs[row, slot] - row // (self.outputs // self.groups) * slots
-        for t, cell in enumerate(np.atleast_1d(np.ravel_multi_index(tuple(cells.T), tuple(window)))):
-            weight[cell, row, column] = self.kernel[t, row, slot]
-        return np.moveaxis(weight, 0, 2).reshape(self.outputs, slots, *window)
+        slots = self.channels // groups
+        places = np.atleast_1d(np.ravel_multi_index(tuple(cells.T), tuple(window)) if len(window) else 0)
+        if self.inputs.shape[1] == slots and (self.inputs == _group_inputs(self.outputs, slots, groups)).all():
+            weight = np.zeros((self.outputs, slots, math.prod(window)))
+            for t, place in enumerate(places):
+                weight[..., place] = self.kernel[t]
+        else:
+            weight = np.zeros((math.prod(window), self.outputs, slots))
+            row, slot = np.nonzero(self._used)
+            column = self.inputs[row, slot] - row // (self.outputs // groups) * slots
+            for t, place in enumerate(places):
+                weight[place, row, column] = self.kernel[t, row, slot]
+            weight = np.moveaxis(weight, 0, 2)
+        return weight.reshape(self.outputs, slots, *window)
 
 
 @dataclass(frozen=True, eq=False)
@@ -400,16 +416,33 @@ def round_to(weight: np.ndarray, bias: np.ndarray, dtype: np.dtype | type) -> tu
     Raises:
         Refusal: a value overflows ``dtype``, or a whole channel of the weight sinks below its normal numbers.
     """
+    if fate := misfit(weight, dtype) or misfit(bias, dtype, bias):
+        raise Refusal(f"the merged weights would {fate} {'in ' * (fate == 'vanish')}{np.dtype(dtype)}")
+    return weight.astype(dtype), bias.astype(dtype) if bias.any() else None
+
+
+def misfit(values: np.ndarray, dtype: np.dtype | type, before: np.ndarray | None = None) -> str:
+    """What rounding to a floating-point type does to a constant: ``"overflow"``, ``"vanish"``, or ``""`` if it fits.
+
+    A channel, which is an index of the first two axes (of a vector: an element), vanishes if its largest value becomes
+    subnormal, and was not so ``before``.
+    """
     dtype = np.dtype(dtype)
     with np.errstate(over="ignore"):
-        rounded, shift = weight.astype(dtype), bias.astype(dtype)
-    if not (np.isfinite(rounded).all() and np.isfinite(shift).all()):
-        raise Refusal(f"the merged weights would overflow {dtype}")
-    for axis in range(2):
-        peak = np.abs(weight).max(tuple(a for a in range(weight.ndim) if a != axis), initial=0)
-        if ((peak > 0) & (peak < np.finfo(dtype).tiny)).any():
-            raise Refusal(f"the merged weights would vanish in {dtype}")
-    return rounded, shift if bias.any() else None
+        if not np.isfinite(values.astype(dtype)).all():
+            return "overflow"
+    tiny = np.finfo(dtype).tiny
+
+    def peak(array: np.ndarray, axis: int) -> np.ndarray:
+        others = tuple(a for a in range(array.ndim) if a != axis)
+        return np.maximum(array.max(others, initial=0), -array.min(others, initial=0))
+
+    before = None if before is None else np.broadcast_to(before, values.shape)
+    for axis in range(min(2, values.ndim)):
+        sunk = (peak(values, axis) < tiny) & (peak(values, axis) > 0)
+        if (sunk if before is None else sunk & (peak(before, axis) >= tiny)).any():
+            return "vanish"
+    return ""
 
 
 # -- the padding proof -----------------------------------------------------------------------------------------------
@@ -479,7 +512,8 @@ def _product(outer: Affine, inner: Affine, limit: int = LIMIT) -> Affine:
     index = index.reshape(pairs.shape[:2])
     slots = min(outer.inputs.shape[1] * inner.inputs.shape[1], inner.channels)
     _affordable(len(taps), outer.outputs, slots, limit)
-    kernel, inputs = _diagonal_product(outer, inner, len(taps), index) or _block_product(outer, inner, len(taps), index)
+    products = (_scaled_product, _diagonal_product, _block_product)
+    kernel, inputs = next(filter(None, (product(outer, inner, len(taps), index) for product in products)))
     bias = outer.bias + _bias_product(outer, inner)
     stride, up = step * np.array(outer.stride, int), fill * np.array(inner.up, int)
     grow = fill * np.array(inner.grow, int) + step * np.array(outer.grow, int)
@@ -488,6 +522,20 @@ def _product(outer: Affine, inner: Affine, limit: int = LIMIT) -> Affine:
     kept = (taps % common == 0).all(1)
     taps = taps[kept] // common
     return _made(kernel[kept], inputs, taps, bias, inner.channels, stride // common, up // common, -(grow // -common))
+
+
+def _scaled_product(outer: Affine, inner: Affine, size: int, index: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+    """Kernel and inputs if every outer output reads one channel: its factors times rows of the inner kernel."""
+    if outer.inputs.shape[1] != 1:
+        return None
+    rows = outer.inputs[:, 0]
+    factors, inputs = inner.kernel, inner.inputs
+    if len(rows) != inner.outputs or (rows != np.arange(len(rows))).any():
+        factors, inputs = factors[:, rows], np.where(rows[:, None] < 0, -1, inputs[rows])
+    kernel = np.zeros((size, *inputs.shape))
+    for matrix, places in zip(outer.kernel, index, strict=True):
+        kernel[places] += matrix * factors
+    return kernel, inputs
 
 
 def _diagonal_product(
@@ -590,7 +638,9 @@ def _geometry(
 
 
 def _group_inputs(outputs: int, slots: int, group: int) -> np.ndarray:
-    """The input channels [outputs, slots] of a grouped convolution."""
+    """The input channels [outputs, slots] of a grouped convolution; a dense one takes no memory for them."""
+    if group == 1:
+        return np.broadcast_to(np.arange(slots), (outputs, slots))
     if outputs % group:
         raise ValueError(f"{outputs} output channels in {group} groups")
     return np.arange(slots) + (np.arange(outputs) // (outputs // group) * slots)[:, None]
@@ -598,6 +648,8 @@ def _group_inputs(outputs: int, slots: int, group: int) -> np.ndarray:
 
 def _distinct(taps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct rows of ``taps`` [n, rank], and for each row its place among them."""
+    if len(taps) == 1:
+        return taps, np.zeros(1, int)
     found, index = np.unique(taps, axis=0, return_inverse=True)
     return found, index.reshape(-1)
 

@@ -154,8 +154,9 @@ def plural(number: int, word: str) -> str:
 
 
 def summary(step: Step) -> str:
-    """The rewrites of a pass, counted by kind."""
-    return ", ".join(f"{what} ({n}×)" if n > 1 else what for what, n in Counter(r.what for r in step.rewrites).items())
+    """The rewrites of a pass, counted by kind: what follows the first comma is a figure of one of them."""
+    kinds = Counter(r.what.partition(", ")[0] for r in step.rewrites)
+    return ", ".join(f"{what} ({n}×)" if n > 1 else what for what, n in kinds.items())
 
 
 # -- foreign text ----------------------------------------------------------------------------------------------------

@@ -26,7 +26,10 @@ class Stats:
 
     Attributes:
         nodes: nodes of the main graph.
-        parameters: elements of floating-point constants with more than one element.
+        parameters: elements of floating-point constants with more than one element. That is an upper bound of what was
+            trained: a graph does not say. A learned position embedding and a grid of anchor points are both a constant
+            image that is added, a layer of one output and the bins of a distribution are both a column that is
+            multiplied; and a bias table per pair of tokens is written out larger than the model stores it.
         macs: multiply-accumulates for one run, or None if some shape is unknown.
         bytes: size of all constants.
     """

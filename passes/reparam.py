@@ -6,7 +6,7 @@ no block is known here by name; three shapes of region are looked for, at each n
 them gains anything:
 
 - *sequences* ``g(f(x)) = (g f)(x)``: convolutions, normalisation, constant scales and shifts, pooling, zero padding,
-  choices of channels, and transposed token layouts in a row;
+  choices of channels, transposed token layouts, and reshapes that add or drop axes of extent 1, in a row;
 - *sums* ``f_1(x) + ... + f_n(x) + y = (f_1 + ... + f_n)(x) + y``, where the identity is one of the maps: the terms of a
   maximal tree of additions that start at the same tensor become one term. A concatenation on the channels is the sum of
   its parts, each embedded;
@@ -17,10 +17,15 @@ them gains anything:
 
   and the second term, being affine in ``x``, joins the shortcut. The idle channels of the layer disappear.
 
+The text of a rewrite names the kinds of nodes merged and made, the change in multiply-accumulates of the region that it
+replaces, and the error: by how much the coefficients of the merged map were moved by rounding to the type of the
+weights, over the largest of them. Its place is the innermost torch module that holds the region.
+
 **Cost decides.** A region is replaced if the nodes that go cost more than those that come: multiply-accumulates, plus a
 little for each element written and each node (:mod:`edgecompile.linear`). A 1x1 bottleneck before a 3x3 convolution
-stays. A tensor that something else reads is never computed twice. What is not merged is said in a note, with the
-reason, where a merge was in reach.
+stays. A tensor that something else reads is never computed twice. The time is linear in the nodes and in the terms of a
+sum, but quadratic in the parts of a concatenation that start at one tensor. What is not merged is said in a note, with
+the reason, where a merge was in reach.
 
 Weights are computed in float64 and rounded once. A weight that other nodes share is left to them.
 
@@ -33,6 +38,7 @@ al., *ACNet*, ICCV 2019, section 3; Vasu et al., *MobileOne*, CVPR 2023, section
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -42,8 +48,8 @@ import onnx_graphsurgeon as gs
 
 from edgecompile import affine, linear
 from edgecompile.affine import LIMIT, Affine, Refusal
-from edgecompile.graph import Graph, Tensor, disconnect, redirect, where
-from edgecompile.linear import Path, Plan, Step
+from edgecompile.graph import Graph, Tensor, disconnect, provenance, redirect, where
+from edgecompile.linear import LimitReached, Path, Plan, Step, Sweep
 from edgecompile.pipeline import Context, Pass, PassResult
 
 # Steps that one sequence may have: with it the pass is linear in the size of the graph.
@@ -61,21 +67,7 @@ class Reparam(Pass):
 
     def run(self, graph: Graph, context: Context) -> PassResult:
         """Rewrite ``graph`` in place until no region gains anything."""
-        graph.tidy()
-        graph.infer_shapes()
-        rewriter = _Rewriter(graph, context)
-        try:
-            for node in list(graph.nodes):
-                rewriter.visit(node)
-        except _LimitReached:
-            return context.result()
-        for text, place in rewriter.notes:
-            context.note(text, place)
-        return context.result()
-
-
-class _LimitReached(Exception):
-    """The context allows no further rewrite."""
+        return _Rewriter.repeat(graph, context)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,21 +99,23 @@ class _Fused:
     """Terms of a sum with the same entry, and what replaces them."""
 
     terms: tuple[_Term, ...]
-    path: Path
     plan: Plan
-    cost: int
 
 
-class _Rewriter:
-    """One walk over the graph. ``notes`` collects what was left alone, and why."""
+class _Rewriter(Sweep):
+    """One walk over the graph."""
 
     def __init__(self, graph: Graph, context: Context):
-        self.graph = graph
-        self.context = context
-        self.pinned = {id(t) for n in graph.nodes for t in _subgraph_reads(n)}
-        self.outputs = {id(t) for t in graph.outputs}
+        super().__init__(graph, context)
         self.dead: set[int] = set()
-        self.notes: list[tuple[str, str]] = []
+        self.skipped: list[tuple[str, str]] = []
+
+    def walk(self) -> None:
+        for node in list(self.graph.nodes):
+            self.visit(node)
+
+    def notes(self) -> Iterator[tuple[str, str]]:
+        yield from self.skipped
 
     def visit(self, node: gs.Node) -> None:
         """Apply the rules to a node, then to what stands in its place, until none applies."""
@@ -143,17 +137,17 @@ class _Rewriter:
 
     def skip(self, why: str, node: gs.Node) -> None:
         """Note why a region was left as it is."""
-        self.notes.append((f"skipped: {why}", where(node)))
+        self.skipped.append((f"skipped: {why}", where(node)))
 
     # -- looking at the graph ----------------------------------------------------------------------------------------
 
     def private(self, tensor: Tensor) -> bool:
         """True if one node reads a tensor, once, and nothing else sees it."""
-        return len(tensor.outputs) == 1 and id(tensor) not in self.outputs and id(tensor) not in self.pinned
+        return len(tensor.outputs) == 1 and not self.exposed(tensor)
 
     def read(self, node: gs.Node) -> int:
         """How many outputs of a node are read by something."""
-        return sum(bool(t.outputs) or id(t) in self.outputs or id(t) in self.pinned for t in node.outputs)
+        return sum(bool(t.outputs) or self.exposed(t) for t in node.outputs)
 
     def live(self, node: gs.Node) -> bool:
         """True if more than one output of a node is read."""
@@ -194,14 +188,16 @@ class _Rewriter:
 
     # -- changing it -------------------------------------------------------------------------------------------------
 
-    def begin(self, what: str, node: gs.Node) -> None:
-        """Number a rewrite."""
-        if not self.context.rewrite(what, node):
-            raise _LimitReached
+    def announce(self, what: str, node: gs.Node, region: Sequence[gs.Node], plans: Sequence[Plan] = ()) -> None:
+        """Number a rewrite, and say what it does to the multiply-accumulates of the region and to its coefficients."""
+        before, after = sum(map(linear.macs, region)), sum(p.macs for p in plans)
+        change = f"{100 * (after - before) / before:+.1f} %" if before else f"{after:+,}"
+        error = f"{max([p.error for p in plans], default=0.0):.0e}".replace("e-0", "e-").replace("0e+00", "0")
+        self.begin(f"{what}, {change} MACs, error {error}", _module(region) or node)
 
     def replace(self, old: Tensor, new: Tensor, removed: Sequence[gs.Node]) -> Tensor:
         """Let ``new`` stand for ``old`` and drop the nodes that computed it."""
-        if id(old) in self.outputs or id(old) in self.pinned:
+        if self.exposed(old):
             self.graph.rewire(old, new)
             self.outputs = {id(t) for t in self.graph.outputs}
         else:
@@ -264,7 +260,7 @@ class _Rewriter:
             return None
         _, plan, steps = best
         gone = self.removed(steps)
-        self.begin(f"{_chain(steps)} -> {_product(plan)}{_change(gone, plan.macs)}", node)
+        self.announce(f"{_chain(steps)} -> {_product(plan)}", node, gone, [plan])
         return self.replace(exit, plan.insert(self.graph, exit.name, gone), gone)
 
     def limit(self, budget: int, exit: Tensor, axis: int) -> int:
@@ -276,7 +272,7 @@ class _Rewriter:
 
     def is_sum(self, node: gs.Node | None) -> bool:
         """True for an addition or subtraction of floats."""
-        if node is None or not node.outputs or linear.op(node) not in _SIGNS:
+        if node is None or not node.outputs or linear.op(node) not in _SUMS:
             return False
         kind = node.outputs[0].dtype
         return kind is not None and not isinstance(kind, int) and np.dtype(kind).kind == "f"
@@ -286,7 +282,7 @@ class _Rewriter:
         terms: list[_Term] = []
         constants: list[tuple[Tensor, int]] = []
         nodes = [root]
-        stack = [(t, s) for t, s in zip(root.inputs, _SIGNS[root.op], strict=True)][::-1]
+        stack = _signed(root)
         while stack:
             tensor, sign = stack.pop()
             node = self.graph.producer(tensor)
@@ -294,7 +290,7 @@ class _Rewriter:
                 constants.append((tensor, sign))
             elif node is not None and self.private(tensor) and self.is_sum(node):
                 nodes.append(node)
-                stack += [(t, sign * s) for t, s in zip(node.inputs, _SIGNS[node.op], strict=True)][::-1]
+                stack += [(t, sign * s) for t, s in _signed(node)]
             else:
                 terms.append(_Term(tensor, sign))
         return terms, constants, nodes
@@ -312,27 +308,51 @@ class _Rewriter:
         groups: dict[int, list[_Term]] = {}
         for term in terms:
             groups.setdefault(id(term.entry), []).append(term)
-        best: _Fused | None = None
-        biases, kept = self.biases(constants, terms, exit, axis)
+        biases, others = self.biases(constants, terms, exit, axis)
+        found: list[_Fused] = []
         for group in groups.values():
-            if len(group) > 1 or (biases and group[0].steps):
-                fused = self.fuse(group, biases, axis, exit, root)
-                if fused is not None and (best is None or fused.cost > best.cost):
-                    best = fused
-        if best is None:
+            for chunk in (group[i : i + _TERMS] for i in range(0, len(group), _TERMS)):
+                unused = [] if found else biases  # the first takes them in
+                if (len(chunk) > 1 or (unused and chunk[0].steps)) and (fused := self.fuse(chunk, unused, axis, root)):
+                    found.append(fused)
+        if not found:
             if len(groups) > 1:
                 self.explain(root, terms)
             return None
-        gone = [n for t in best.terms for n in self.removed(t.steps)]
-        left = [t for t in terms if t not in best.terms]
-        what = " + ".join(_chain(t.steps) for t in best.terms)
-        self.begin(f"{what} -> {_product(best.plan)}{_change(gone, best.plan.macs)}", root)
-        total = best.plan.insert(self.graph, exit.name, gone + adds)
-        for constant, sign in kept:
-            total = self.add(total, constant, exit, adds, "Add" if sign > 0 else "Sub")
-        for term in left:
-            total = self.add(total, term.tensor, exit, adds, "Add" if term.sign > 0 else "Sub")
-        return self.replace(exit, total, gone + adds)
+        # All at once: to look at a wide sum again after each would take time quadratic in its terms.
+        return self.replace(exit, *self.fused(root, found, terms, others, adds))
+
+    def fused(
+        self,
+        root: gs.Node,
+        found: Sequence[_Fused],
+        terms: Sequence[_Term],
+        constants: Sequence[tuple[Tensor, int]],
+        adds: Sequence[gs.Node],
+    ) -> tuple[Tensor, list[gs.Node]]:
+        """The sum with some of its terms merged, as a new tensor, and the nodes that it replaces."""
+        exit, parts, removed = root.outputs[0], [], list(adds)
+        left = {id(t): t for t in terms}
+        for fused in found:
+            gone = [n for t in fused.terms for n in self.removed(t.steps)]
+            what = " + ".join(_chain(t.steps) for t in fused.terms)
+            region = gone if sum(bool(t.steps) for t in fused.terms) > 1 else [*gone, *adds]
+            try:
+                self.announce(f"{what} -> {_product(fused.plan)}", root, region, [fused.plan])
+            except LimitReached:
+                if not parts:
+                    raise
+                break
+            origins = gone if parts else [*gone, *adds]
+            parts.append((fused.plan.insert(self.graph, exit.name, origins), 1))
+            removed += gone
+            for term in fused.terms:
+                del left[id(term)]
+        (total, _), *parts = [*parts, *constants, *((t.tensor, t.sign) for t in left.values())]
+        for tensor, sign in parts:
+            total = self.add(total, tensor, exit, adds, "Add" if sign > 0 else "Sub")
+            adds = total.inputs  # the node just made has the provenance of all
+        return total, removed
 
     def biases(
         self, constants: list[tuple[Tensor, int]], terms: Sequence[_Term], exit: Tensor, axis: int
@@ -350,15 +370,14 @@ class _Rewriter:
                 others.append((tensor, sign))
         return found, others
 
-    def fuse(
-        self, group: list[_Term], biases: list[np.ndarray], axis: int, exit: Tensor, root: gs.Node
-    ) -> _Fused | None:
+    def fuse(self, group: list[_Term], biases: list[np.ndarray], axis: int, root: gs.Node) -> _Fused | None:
         """The cheapest way found to merge terms of one entry; None if none gains."""
+        exit = root.outputs[0]
         addition = linear.PER_ELEMENT * linear.size(exit.shape) + linear.PER_NODE
         old = {id(t): sum(map(linear.cost, self.removed(t.steps))) for t in group}
         limit = self.limit(sum(old.values()) + addition, exit, axis)
         paths: list[tuple[_Term, Path]] = []
-        for term in group[:_TERMS]:
+        for term in group:
             try:
                 paths.append((term, term.path(axis, limit)))
             except Refusal as refusal:
@@ -389,7 +408,7 @@ class _Rewriter:
                 continue
             before = sum(old[id(t)] for t in taken) + addition * (len(taken) - 1 + len(biases))
             if before > plan.cost:
-                return _Fused(tuple(taken), made, plan, before - plan.cost)
+                return _Fused(tuple(taken), plan)
         return None
 
     def explain(self, root: gs.Node, terms: Sequence[_Term]) -> None:
@@ -461,7 +480,7 @@ class _Rewriter:
                     self.skip(_dearer(plan.cost, old), node)
                 continue
             what = " | ".join(_chain(t.steps) for t in run)
-            self.begin(f"{what} -> {_product(plan)}{_change(gone, plan.macs)}", node)
+            self.announce(f"{what} -> {_product(plan)}", node, [*gone, node], [plan])
             merged = plan.insert(self.graph, exit.name, [*gone, node])
             if len(run) < len(terms):
                 kept = [t.tensor for t in terms]
@@ -473,7 +492,8 @@ class _Rewriter:
 
     def without_empty(self, node: gs.Node, kept: Sequence[Tensor]) -> Tensor:
         """Drop the parts of a concatenation that have no channels."""
-        self.begin(f"Concat of {len(node.inputs)} -> {f'Concat of {len(kept)}' if kept[1:] else 'identity'}", node)
+        made = f"Concat of {len(kept)}" if kept[1:] else "identity"
+        self.announce(f"Concat of {len(node.inputs)} -> {made}", node, [node])
         exit, result = node.outputs[0], kept[0]
         if len(kept) > 1:
             result = self.graph.insert("Concat", kept, attrs=dict(node.attrs), replaces=[node]).outputs[0]
@@ -491,7 +511,7 @@ class _Rewriter:
         known = exit.shape is not None and all(isinstance(n, int) or i == 0 for i, n in enumerate(exit.shape))
         if not known or list(chosen.shape or ()) != list(exit.shape or ()):
             return None
-        self.begin("Where -> identity", node)
+        self.announce("Where -> identity", node, [node])
         return self.replace(exit, chosen, [node])
 
     # -- partly affine layers ----------------------------------------------------------------------------------------
@@ -511,9 +531,9 @@ class _Rewriter:
             self.skip("its idle channels stay: without them it would not cost less", node)
             return None
         gone = parts.gone
-        macs = parts.idle.macs + (parts.into.macs + parts.out.macs if parts.into and parts.out else 0)
+        plans = [plan for plan in (parts.into, parts.out, parts.idle) if plan is not None]
         what = f"{parts.active} of {parts.active + parts.still} channels active -> {_product(parts.idle)}"
-        self.begin(f"{what} + layer of {parts.active}{_change(gone, macs)}", node)
+        self.announce(f"{what} + layer of {parts.active}", node, gone, plans)
         linear_nodes = [n for n in gone if not any(n is f for f in parts.function)]
         total = parts.idle.insert(self.graph, exit.name, linear_nodes)
         if parts.into is not None and parts.out is not None:
@@ -715,10 +735,9 @@ class _Parts:
 
 # -- tables ----------------------------------------------------------------------------------------------------------
 
-_SIGNS = {"Add": (1, 1), "Sub": (1, -1)}
-_LINEAR = ("Conv", "ConvTranspose", "MatMul", "Gemm")
+_SUMS = ("Add", "Sub", "Sum")
 # A refusal to read these is worth a note; that an elementwise node acts on no channel axis is not.
-_STRUCTURAL = {*_LINEAR, "AveragePool", "BatchNormalization", "Pad"}
+_STRUCTURAL = {*linear.LINEAR, "AveragePool", "BatchNormalization", "Pad"}
 _POINTWISE = {
     *("Abs", "Add", "Celu", "Clip", "Cos", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish", "LeakyRelu"),
     *("Mish", "Mul", "Pow", "Relu", "Selu", "Sigmoid", "Sin", "Softplus", "Softsign", "Sqrt", "Sub", "Swish", "Tanh"),
@@ -726,10 +745,10 @@ _POINTWISE = {
 }
 _Rule = Callable[[_Rewriter, gs.Node], Tensor | None]
 _RULES: dict[str, tuple[_Rule, ...]] = {
-    **dict.fromkeys(_LINEAR, (_Rewriter.sequence, _Rewriter.partly)),
-    **dict.fromkeys(_SIGNS, (_Rewriter.sum, _Rewriter.sequence)),
+    **dict.fromkeys(linear.LINEAR, (_Rewriter.sequence, _Rewriter.partly)),
+    **dict.fromkeys(_SUMS, (_Rewriter.sum, _Rewriter.sequence)),
     **dict.fromkeys(
-        ("AveragePool", "BatchNormalization", "Div", "Gather", "Identity", "Mul", "Neg", "Pad", "Slice", "Transpose"),
+        ("AveragePool", "BatchNormalization", "Div", "Gather", "Identity", "Mul", "Neg", "Pad", "Slice", *linear.MOVES),
         (_Rewriter.sequence,),
     ),
     "Concat": (_Rewriter.concat,),
@@ -737,18 +756,15 @@ _RULES: dict[str, tuple[_Rule, ...]] = {
 }
 
 
+def _signed(node: gs.Node) -> list[tuple[Tensor, int]]:
+    """What a node adds, each with its sign, the last first."""
+    sign = -1 if node.op == "Sub" else 1
+    return [(t, sign) for t in node.inputs[:0:-1]] + [(node.inputs[0], 1)]
+
+
 def _heavy(node: gs.Node) -> bool:
     """True for the nodes in which a network spends its time."""
-    return linear.op(node) in _LINEAR
-
-
-def _subgraph_reads(node: gs.Node) -> Iterator[Tensor]:
-    """Tensors that the subgraphs of a node read or return."""
-    for subgraph in (v for v in node.attrs.values() if isinstance(v, gs.Graph)):
-        yield from subgraph.outputs
-        for inner in subgraph.nodes:
-            yield from inner.inputs
-            yield from _subgraph_reads(inner)
+    return linear.op(node) in linear.LINEAR
 
 
 # -- words -----------------------------------------------------------------------------------------------------------
@@ -778,10 +794,10 @@ def _product(plan: Plan) -> str:
     return "-".join(names) or "identity"
 
 
-def _change(gone: Sequence[gs.Node], macs: int) -> str:
-    """Multiply-accumulates of the region after, relative to before."""
-    before = sum(map(linear.macs, gone))
-    return f", {100 * (macs - before) / before:+.1f} % MACs" if before not in (0, macs) else ""
+def _module(region: Sequence[gs.Node]) -> str:
+    """The innermost torch module that holds a region, or ``""``."""
+    levels = zip(*(m.split(".") for node in region for m in provenance(node).modules), strict=False)
+    return ".".join(names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels))
 
 
 def _dearer(new: int, old: int) -> str:

@@ -845,3 +845,16 @@ def test_a_wide_depthwise_kernel_is_never_made_dense():
     tracemalloc.stop()
     assert form.weight.shape == (c, 1, 5, 5)
     assert peak < 16 * form.weight.nbytes  # dense it would be 2,048 times that
+
+
+def test_what_rounding_loses():
+    ones = np.ones((2, 3))
+    assert affine.misfit(ones, np.float16) == ""
+    assert affine.misfit(ones * 7e4, np.float16) == "overflow" and affine.misfit(ones * 7e4, np.float32) == ""
+    faint = ones * [[1], [1e-6]]
+    assert affine.misfit(faint, np.float16) == "vanish"
+    assert affine.misfit(faint, np.float16, before=faint) == ""  # it was so before
+    assert affine.misfit(faint, np.float16, before=ones) == "vanish"
+    assert affine.misfit(faint * [[1], [0]], np.float16) == ""  # zero is exact
+    assert affine.misfit(np.array([1, 1e-6]), np.float16) == "vanish"  # of a vector each element counts
+    assert affine.misfit(np.array(1e-6), np.float16) == ""

@@ -628,19 +628,20 @@ REFUSED: dict[str, tuple[str, str, dict[str, np.ndarray], str, dict]] = {
     ),
     "shift before zero padding": (
         f"r = Relu(x) n = BatchNormalization(r, {BN}) y = Conv<pads=[1,1,1,1]>(n, w)", "y", PADDED | bn_weights(4),
-        "a shift cannot pass its zero padding", {},
+        "y (Conv): bias cannot pass the zero padding of a 3x3 convolution", {},
     ),
     "shift before automatic padding": (
         'r = Relu(x) n = Add(r, s) y = Conv<auto_pad="SAME_UPPER">(n, w)', "y", PADDED,
-        "a shift cannot pass its zero padding", {},
+        "y (Conv): bias cannot pass the zero padding of a 3x3 convolution", {},
     ),
     "shift before a transposed conv": (
         "r = Relu(x) n = Add(r, s) y = ConvTranspose<strides=[2,2]>(n, w)", "y",
-        {"w": normal(4, 3, 3, 3), "s": normal(4, 1, 1)}, "does not spread a shift evenly", {},
+        {"w": normal(4, 3, 3, 3), "s": normal(4, 1, 1)},
+        "y (ConvTranspose): bias cannot pass the zero padding of a 3x3 transposed convolution", {},
     ),
     "one of two consumers is padded": (
         f"r = Relu(x) n = BatchNormalization(r, {BN}) y = Conv(n, w) z = Conv<pads=[1,1,1,1]>(n, w)", "y z",
-        PADDED | bn_weights(4), "a shift cannot pass its zero padding", {},
+        PADDED | bn_weights(4), "z (Conv): bias cannot pass the zero padding of a 3x3 convolution", {},
     ),
     "one of two consumers is not linear": (
         f"r = Relu(x) n = BatchNormalization(r, {BN}) y = Conv(n, w) z = Relu(n)", "y z",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import math
+import re
 import time
 import warnings
 from collections import Counter
@@ -20,7 +22,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from edgecompile import models, oracle, stats
-from edgecompile.graph import Graph, provenance
+from edgecompile.graph import Graph, Provenance, provenance
 from edgecompile.models.randomize import randomize
 from edgecompile.passes.reparam import Reparam
 from edgecompile.pipeline import Context, PassResult, Pipeline
@@ -501,6 +503,72 @@ POSITIVES = {  # the positive twins: the same graphs without the obstacle
 }  # fmt: skip
 
 
+SUMS = {  # what is added by one node, and the convolutions left
+    "three_maps": ("a = Conv<pads=[1,1,1,1]>(x, k) b = Conv(x, p) y = Sum(a, b, x)", 1),
+    "nested": ("a = Conv<pads=[1,1,1,1]>(x, k) b = Conv(x, p) c = Sum(b, x, x) d = Sub(a, c) y = Sum(d)", 1),
+    "bias": ("a = Conv<pads=[1,1,1,1]>(x, k) b = Conv(x, p) y = Sum(a, bias, b)", 1),
+    "one_term_is_not_affine": ("a = Conv<pads=[1,1,1,1]>(x, k) r = Relu(a) b = Conv(x, p) y = Sum(r, b, x)", 2),
+    "second_consumer": ("a = Conv<pads=[1,1,1,1]>(x, k) b = Conv(x, p) s = Sum(a, b) r = Relu(a) y = Mul(s, r)", 2),
+    "stretched": ("a = Conv<pads=[1,1,1,1]>(x, k) b = Conv(x, q) y = Sum(a, b)", 2),
+}
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_sum_of_any_number(name: str):
+    body, convs = SUMS[name]
+    weights = {"k": K3, "p": P1, "q": normal(1, 4, 1, 1), "bias": normal(1, 4, 1, 1)}
+    graph = build(body, "y", {n: w for n, w in weights.items() if re.search(rf"\b{n}\b", body)}, X)
+    merge(graph)
+    assert ops(graph)["Conv"] == convs
+    if convs == 1:
+        assert set(ops(graph)) == {"Conv"}
+
+
+MOVES = {  # between a convolution and a matrix: nodes, input, and how many layers are left
+    "flatten": ("b = Flatten(a) y = Gemm(b, w)", "float[3,4,1,1] x", 1),
+    "reshape": ("b = Reshape(a, to) y = Gemm(b, w)", "float[3,4,1,1] x", 1),
+    "squeeze": ("b = Squeeze(a, two) y = MatMul(b, w)", "float[3,4,1,1] x", 1),
+    "squeeze_one_and_transpose": (
+        "b = Squeeze(a, one) c = Transpose<perm=[0,2,1]>(b) y = MatMul(c, w)", "float[3,4,5,1] x", 1,
+    ),
+    "there_and_back": ("b = Squeeze(a, one) c = Unsqueeze(b, one) y = Conv(c, q)", "float[3,4,5,1] x", 1),
+    "moved_by_an_axis": ("b = Unsqueeze(a, first) c = Squeeze(b, last) y = MatMul(c, w)", "float[3,4,5,4] x", 2),
+    "mixed_with_positions": ("b = Flatten(a) y = Gemm(b, v)", "float[3,4,2,2] x", 2),
+    "regrouped": ("b = Reshape(a, halves) y = MatMul(b, u)", "float[3,4,1,1] x", 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_axes_of_extent_one_come_and_go(name: str):
+    body, inputs, layers = MOVES[name]
+    weights = {
+        "p": P1, "w": normal(4, 6), "v": normal(16, 6), "u": normal(2, 6), "q": normal(4, 4, 1, 1),
+        "to": np.array([-1, 4]), "halves": np.array([3, 2, 2]), "one": np.array([3]), "two": np.array([2, 3]),
+        "first": np.array([0]), "last": np.array([0]),
+    }  # fmt: skip
+    graph = build(f"a = Conv(x, p) {body}", "y", weights, inputs)
+    shape = oracle.run(graph, oracle.random_feeds(graph.signature().inputs, 1))["y"].shape
+    merge(graph)
+    found = ops(graph)
+    assert sum(found[op] for op in ("Conv", "Gemm", "MatMul")) == layers
+    assert oracle.run(graph, oracle.random_feeds(graph.signature().inputs, 1))["y"].shape == shape
+
+
+def test_squeeze_of_an_old_opset_keeps_its_attribute():
+    """Up to opset 12 the axes are an attribute of Squeeze, after it an input."""
+    nodes = [
+        helper.make_node("Conv", ["x", "p"], ["a"]),
+        helper.make_node("Squeeze", ["a"], ["b"], axes=[2, 3]),
+        helper.make_node("MatMul", ["b", "w"], ["y"]),
+    ]
+    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, d) for n, d in (("x", [3, 4, 1, 1]), ("y", [3, 6]))]
+    weights = [numpy_helper.from_array(v, n) for n, v in (("p", P1), ("w", normal(4, 6)))]
+    proto = helper.make_graph(nodes, "g", ports[:1], ports[1:], weights)
+    graph = Graph.from_proto(helper.make_model(proto, opset_imports=[helper.make_opsetid("", 11)], ir_version=7))
+    merge(graph)
+    assert ops(graph) == {"Conv": 1, "Squeeze": 1}
+
+
 @pytest.mark.parametrize("name", POSITIVES)
 def test_twin_merges(name: str):
     body, weights = POSITIVES[name]
@@ -573,9 +641,62 @@ def test_limit_stops_before_a_rewrite_and_provenance_is_kept():
     assert len(merge(graph.copy(), limit=0).rewrites) == 0
     result = merge(graph, limit=1)
     assert len(result.rewrites) == 1 and ops(graph) == {"Conv": 3, "Relu": 2, "Add": 1}
-    assert result.rewrites[0].what == "Conv3x3 + Conv1x1 -> Conv3x3, -10.0 % MACs"
+    assert result.rewrites[0].what == "Conv3x3 + Conv1x1 -> Conv3x3, -10.0 % MACs, error 3e-8"
+    assert result.rewrites[0].where == "0.branches"
     merged = next(n for n in graph.nodes if n.op == "Conv")
     assert {"0.branches.0.0", "0.branches.1.0"} <= set(provenance(merged).modules)
+
+
+def told(weights: dict[str, np.ndarray], modules: dict[str, str], body: str = "", kind: int = TensorProto.FLOAT):
+    """The only rewrite of a sum of two convolutions whose nodes are in these modules."""
+    inputs = f"float{'16' if kind == TensorProto.FLOAT16 else ''}[1,4,8,8] x"
+    body = body or "a = Conv<pads=[1,1,1,1]>(x, k) b = Conv(x, p) y = Add(a, b)"
+    graph = build(body, "y", weights, inputs, kind)
+    for node in graph.nodes:
+        node.provenance = Provenance((modules[node.name],) if node.name in modules else ())  # type: ignore[attr-defined]
+    context = Context()
+    context.begin("reparam")
+    (rewrite,) = Reparam().run(graph, context).rewrites
+    conv = next(n for n in graph.nodes if n.op == "Conv")
+    return rewrite, graph.constant(conv.inputs[1])
+
+
+@pytest.mark.parametrize(
+    ("modules", "place"),
+    [
+        ({"a": "neck.rbr.dense.conv", "b": "neck.rbr.point.conv", "y": "neck"}, "neck.rbr"),
+        ({"a": "neck.rbr.conv", "b": "neck.rbr.conv"}, "neck.rbr.conv"),
+        ({"a": "neck.rbr1.conv", "b": "neck.rbr2.conv"}, "neck"),
+        ({"a": "neck.conv", "b": "head.conv"}, "y (Add)"),
+        ({}, "y (Add)"),
+    ],
+)
+def test_place_is_the_innermost_common_module(modules: dict[str, str], place: str):
+    rewrite, _ = told({"k": K3, "p": P1}, modules)
+    assert rewrite.where == place
+
+
+def test_shortcut_is_placed_with_its_addition():
+    body = "a = Conv<pads=[1,1,1,1]>(x, k) y = Add(a, x)"
+    rewrite, _ = told({"k": K3}, {"a": "block.mixer.conv", "y": "block"}, body)
+    assert rewrite.where == "block" and rewrite.what.startswith("Conv3x3 + identity -> Conv3x3, +0.0 % MACs")
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32])
+def test_error_is_what_rounding_did_to_the_weights(kind: type):
+    dense, point = normal(4, 4, 3, 3, dtype=kind), normal(4, 4, 1, 1, dtype=kind)
+    onnx_kind = TensorProto.FLOAT if kind is np.float32 else TensorProto.FLOAT16
+    rewrite, merged = told({"k": dense, "p": point}, {}, kind=onnx_kind)
+    assert merged is not None
+    exact = dense.astype(np.float64)
+    exact[:, :, 1:2, 1:2] += point
+    error = np.abs(merged - exact).max() / np.abs(exact).max()
+    assert error > 0 and rewrite.what.endswith(f"error {error:.0e}".replace("e-0", "e-"))
+
+
+def test_error_of_a_merge_without_rounding_is_zero():
+    powers = {"k": np.full((4, 4, 3, 3), 0.5, np.float32), "p": np.full((4, 4, 1, 1), 0.25, np.float32)}
+    assert told(powers, {})[0].what == "Conv3x3 + Conv1x1 -> Conv3x3, -10.0 % MACs, error 0"
 
 
 # -- random graphs -----------------------------------------------------------------------------------------------------
@@ -715,6 +836,44 @@ def test_time_is_linear(nodes: int, seconds: float):
     graph.tidy()
     assert time.process_time() - start < seconds
     assert len(result.rewrites) == nodes // 5 and len(graph.nodes) == 2 * nodes // 5
+
+
+def wide(terms: int, inputs: int) -> Graph:
+    """A sum of 1x1 convolutions of several tensors, in turn."""
+    rng = np.random.default_rng(0)
+    nodes = [helper.make_node("Tanh", ["x"], [f"t{i}"]) for i in range(inputs)]
+    weights = []
+    for i in range(terms):
+        weights.append(numpy_helper.from_array(rng.normal(0, 0.1, (4, 4, 1, 1)).astype(np.float32), f"k{i}"))
+        nodes.append(helper.make_node("Conv", [f"t{i % inputs}", f"k{i}"], [f"c{i}"]))
+    nodes.append(helper.make_node("Sum", [f"c{i}" for i in range(terms)], ["y"]))
+    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 4, 8, 8]) for n in "xy"]
+    proto = helper.make_graph(nodes, "g", ports[:1], ports[1:], weights)
+    return Graph.from_proto(helper.make_model(proto, opset_imports=[helper.make_opsetid("", 17)], ir_version=8))
+
+
+def test_time_is_linear_in_the_terms_of_a_sum():
+    """Pairs of terms of the same tensor: each pair is a rewrite."""
+    seconds = []
+    for terms in (250, 2000):
+        best = []
+        for _ in range(3):
+            graph, context = wide(terms, terms // 2), Context()
+            context.begin("reparam")
+            gc.collect()
+            start = time.process_time()
+            result = Reparam().run(graph, context)
+            best.append(time.process_time() - start)
+            assert len(result.rewrites) == terms // 2
+        seconds.append(min(best))
+    assert seconds[1] < 24 * seconds[0], seconds  # 8 if linear, 64 if quadratic
+
+
+@pytest.mark.parametrize("limit", [0, 1, 3, 4])
+def test_each_group_of_a_sum_is_a_rewrite_of_its_own(limit: int):
+    graph = wide(8, 4)
+    assert len(merge(graph, limit).rewrites) == limit
+    assert ops(graph)["Conv"] == 8 - limit
 
 
 # -- the zoo -----------------------------------------------------------------------------------------------------------
