@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # a board opens bundles without onnx
     from edgecompile.oracle import Feeds, Outputs
 
 SCHEMA = "edgecompile.bundle/1"
+PREPARED = "prepared"
 MANIFEST, MODEL, PROBE = "manifest.json", "model.onnx", "probe.npz"
 
 
@@ -71,6 +72,11 @@ class Bundle:
             if file_digest(file) != digest:
                 raise InputError(f"the bundle {path} is damaged", f"{name} has another digest", "build it again")
         return cls(path, manifest)
+
+    @property
+    def prepared(self) -> bool:
+        """True if another machine is to build the engine."""
+        return self.manifest.get("state") == PREPARED
 
     def graph(self) -> Graph:
         """The rewritten graph."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from edgecompile import __version__, cli_measure, terminal
-from edgecompile.errors import EdgecompileError, InputError
+from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError
 
 if TYPE_CHECKING:
     from edgecompile.frontend import Source
@@ -119,6 +119,7 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
 @click.option("--force", is_flag=True, help="Keep int8 or fp16 even if it is not faster than fp32.")
 @click.option("--strict", is_flag=True, help="Stop when a pass fails, instead of going on without it.")
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
+@click.option("--prepare", is_flag=True, help="Do everything but the target's own build, to be finished on the board.")
 @_seed
 @click.option("--config", type=click.Path(path_type=Path), help="TOML file; its [build] table gives these options.")
 @cli_measure.json_option
@@ -129,12 +130,22 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
     SOURCE is model.py, model.py:factory, a zoo name (see `edgecompile models`), file.onnx, file.pt2, or a bundle to be
     built again for this machine.
     """
-    from edgecompile import bundle, driver, report
+    from edgecompile import bundle, driver, registry, report
     from edgecompile import config as files
 
     given = _with_config(ctx, config, given)
-    if bundle.is_bundle(given["source"]) and given["output"] is None:
-        given["output"] = Path(given["source"])
+    recorded: dict[str, Any] = {}
+    if bundle.is_bundle(given["source"]):  # finish it, or build it again, as it was
+        before = bundle.Bundle.open(given["source"]).manifest
+        for name in ("target", "precision"):
+            where = ctx.get_parameter_source(name)
+            if where is not None and where.name == "DEFAULT":
+                given[name] = before[name]
+        if given["target"] == before["target"]:
+            recorded = before["engine"]["options"]
+        given["output"], given["passes"] = given["output"] or Path(given["source"]), given["passes"] or ""
+    if given["dynamic"] and "dynamic" in registry.target(given["target"]).options:
+        recorded = {**recorded, "dynamic": ",".join(given["dynamic"])}
     options = driver.Options(
         target=given["target"],
         precision=given["precision"],
@@ -142,7 +153,8 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
         strict=given["strict"],
         bench=not given["no_bench"],
         seed=given["seed"],
-        target_options=dict(pair(o) for o in given["target_options"]),
+        target_options={**recorded, **dict(pair(o) for o in given["target_options"])},
+        prepare=given["prepare"],
         calib=given["calib"],
         preprocess=files.load_preprocess(config) if config else None,
         calib_memory=files.size(given["calib_memory"], "--calib-memory") if given["calib_memory"] else None,
@@ -153,6 +165,14 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
         driver.pipeline_spec(options)  # a wrong target or precision fails before the export
     with terminal.progress() as say, opened(given, say) as source:
         made = driver.build(source, given["output"] or driver.default_output(source.name), options, say)
+    if made.prepared:
+        if not given["prepare"]:
+            raise EnvironmentMissing(made.manifest["missing"])
+        if given["as_json"]:
+            terminal.print_json(made.manifest)
+        else:
+            terminal.console().print(made.manifest["missing"], highlight=False, soft_wrap=True, markup=False)
+        return
     document = json.loads((made.path / "report.json").read_text())
     if given["as_json"]:
         terminal.print_json(document)

@@ -52,6 +52,7 @@ class Options:
         min_snr: least signal-to-noise ratio in dB that the passes of the precision may leave, None for their own.
         calib_memory: bytes that calibration may take for activations, None for the pass's own.
         force: keep an engine of lower precision even if it is slower than that of the precision it came from.
+        prepare: do everything but the target's own build, which another machine will do.
     """
 
     target: str = "ort"
@@ -67,6 +68,7 @@ class Options:
     min_snr: float | None = None
     calib_memory: int | None = None
     force: bool = False
+    prepare: bool = False
 
 
 def pipeline_spec(options: Options) -> str:
@@ -157,6 +159,24 @@ def _build(
                 calibration=data,
             )
         files = [f.name for f in graph.save(folder / bundle.MODEL)]
+        if options.prepare or target.missing() is not None:
+            say(f"preparing for {options.target}")
+            prepared = target.prepare(graph, options.target_options)
+            reference = source.reference or tuple(oracle.run(source.graph, f) for f in source.feeds)
+            bundle.write_probe(folder, source.feeds[0], reference[0])
+            manifest = bundle.write_manifest(
+                folder,
+                prepared.manifest,
+                state=bundle.PREPARED,
+                missing=prepared.line(out),
+                problems={version: [str(p) for p in found] for version, found in prepared.problems.items()},
+                name=source.name,
+                precision=options.precision,
+                passes=str(pipeline),
+                digest=graph.digest(),
+                versions={"edgecompile": __version__, **source.versions},
+            )
+            return Bundle(out, manifest)
         say(f"building the {options.target} engine")
         with clock("build"):
             engine = target.build(graph, folder, options.target_options)
@@ -320,7 +340,7 @@ def _measure(
 
     samples = measure.interleave_sessions(
         open_arms,
-        engine.clock,
+        engine.clock if engine.clock in measure.CLOCKS else "wall",
         seconds=options.seconds / len(arms),
         threads=engine.threads,
         seed=options.seed,

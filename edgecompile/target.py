@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from edgecompile.errors import EnvironmentMissing, InputError
+
 if TYPE_CHECKING:
     from edgecompile.graph import Graph
 
@@ -128,6 +130,18 @@ class Target(ABC):
             EnvironmentMissing: the runtime is not installed or cannot use this machine.
             InputError: an option is unknown, or the runtime rejects the graph (named by module path).
         """
+
+    def missing(self) -> EnvironmentMissing | None:
+        """What keeps this machine from building, for a target that can prepare a build; None for the others."""
+        return None
+
+    def prepare(self, graph: Graph, options: Mapping[str, Any]) -> Any:
+        """Check what needs no runtime.
+
+        Raises:
+            InputError: this target builds on the machine that it runs on.
+        """
+        raise InputError(f"target {self.name} has nothing to prepare", "it builds here", "leave out --prepare")
 
     @abstractmethod
     def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:

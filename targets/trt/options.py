@@ -1,0 +1,239 @@
+"""The options of the target: their defaults, how text becomes values, and which of them TensorRT lacks."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from edgecompile.errors import EnvironmentMissing, InputError
+from edgecompile.targets.trt.plan import HARDWARE_LEVELS
+from edgecompile.targets.trt.probe import Facts
+
+Ranges = Mapping[str, Mapping[int, tuple[int, int, int]]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options, parsed; see :data:`HELP`. Sizes are in bytes, None where TensorRT's default is left."""
+
+    workspace: int | None = None
+    level: int = 3
+    timing_cache: str = ""
+    replay: bool = False
+    dynamic: Ranges = field(default_factory=dict)
+    version_compatible: bool = False
+    hardware: str = "none"
+    dla: int | None = None
+    dla_fallback: bool = True
+    dla_sram: int | None = None
+    dla_local: int | None = None
+    dla_global: int | None = None
+    refit: bool = False
+    weight_streaming: bool = False
+    weight_budget: int | None = None
+    sparsity: bool = False
+    tf32: bool = False
+    cuda_graph: bool = True
+    transfers: bool = False
+
+    def recorded(self) -> dict[str, Any]:
+        """The options for the manifest, in a form that :func:`parse` reads again."""
+        values = asdict(self)
+        values["dynamic"] = ",".join(
+            f"{name}:{axis}={least}:{usual}:{most}"
+            for name, axes in self.dynamic.items()
+            for axis, (least, usual, most) in axes.items()
+        )
+        sizes = {f.name: _text_size(values[f.name]) for f in fields(self) if _PARSERS[f.name] is _size}
+        return values | sizes | {"dla": "" if self.dla is None else self.dla}
+
+
+HELP: Mapping[str, str] = {
+    "workspace": "most memory for scratch space, e.g. 2GiB; default: all of the device's",
+    "level": "builder optimisation level, 0 to 5; higher builds longer",
+    "timing_cache": "a timing cache to start from, and to update unless replay=true",
+    "replay": "fail where the timing cache lacks a measurement, so that the same tactics are chosen again",
+    "dynamic": "ranges of dynamic axes, NAME:AXIS=MIN:OPT:MAX, several separated by commas",
+    "version_compatible": "let later versions of TensorRT load the engine; slower, larger",
+    "hardware": f"which GPUs may load the engine: {', '.join(HARDWARE_LEVELS)}",
+    "dla": "number of the DLA core to run on; default: the GPU",
+    "dla_fallback": "run on the GPU what the DLA cannot",
+    "dla_sram": "software-managed SRAM per DLA core, e.g. 1MiB",
+    "dla_local": "DRAM shared by the operations of a DLA network",
+    "dla_global": "DRAM for weights and metadata of a DLA network",
+    "refit": "let the weights be replaced later",
+    "weight_streaming": "keep weights in host memory and stream them",
+    "weight_budget": "device memory for weights with weight_streaming; default: TensorRT's choice",
+    "sparsity": "use weights that are zero in a 2:4 pattern",
+    "tf32": "let float32 be rounded to TF32 inside convolutions and matrix products: faster, errors near 1e-3",
+    "cuda_graph": "replay one CUDA graph per call instead of launching kernel by kernel",
+    "transfers": "include the copies of inputs and outputs in what is timed",
+}
+
+
+def parse(given: Mapping[str, Any]) -> Options:
+    """Options as given on the command line or recorded in a manifest; those that start with ``_`` are remarks.
+
+    Raises:
+        InputError: an option is unknown, or has no such value.
+    """
+    values = {}
+    for name, value in given.items():
+        if name.startswith("_"):
+            continue
+        if name not in HELP:
+            close = difflib.get_close_matches(name, HELP, 1)
+            raise InputError(
+                f"target trt has no option {name!r}",
+                f"did you mean {close[0]!r}?" if close else f"it has {', '.join(HELP)}",
+            )
+        try:
+            values[name] = _PARSERS[name](value)
+        except (ValueError, TypeError):
+            raise InputError(f"{name}={value} cannot be read", HELP[name]) from None
+    chosen = Options(**values)
+    if chosen.replay and not chosen.timing_cache:
+        raise InputError("replay needs a timing cache", "there is nothing to replay", "give timing_cache=FILE")
+    if chosen.dla is None and any((chosen.dla_sram, chosen.dla_local, chosen.dla_global)):
+        raise InputError("a DLA memory pool has no effect", "the engine is for the GPU", "give dla=0")
+    if chosen.weight_budget is not None and not chosen.weight_streaming:
+        raise InputError("weight_budget has no effect", "weights are not streamed", "give weight_streaming=true")
+    return chosen
+
+
+def require(chosen: Options, known: Facts) -> None:
+    """Refuse what this version of TensorRT does not have.
+
+    Raises:
+        EnvironmentMissing: it lacks something.
+    """
+    wanted = {
+        "ERROR_ON_TIMING_CACHE_MISS": chosen.replay,
+        "REFIT": chosen.refit,
+        "SPARSE_WEIGHTS": chosen.sparsity,
+        "VERSION_COMPATIBLE": chosen.version_compatible,
+        "WEIGHT_STREAMING": chosen.weight_streaming,
+        "GPU_FALLBACK": chosen.dla is not None and chosen.dla_fallback,
+    }
+    lacking = [name for name in known.unused_flags if wanted[name]]
+    if lacking:
+        raise EnvironmentMissing(f"TensorRT {known.version} has no {lacking[0]}", "", "leave the option out")
+    if chosen.hardware not in known.hardware_levels:
+        raise EnvironmentMissing(
+            f"TensorRT {known.version} has no hardware={chosen.hardware}",
+            f"it has {', '.join(known.hardware_levels)}",
+            "use a later TensorRT",
+        )
+
+
+def read_timing_cache(chosen: Options) -> bytes:
+    """The timing cache to start from; empty if there is none yet.
+
+    Raises:
+        InputError: it must be there and is not, or cannot be read.
+    """
+    if not chosen.timing_cache:
+        return b""
+    path = Path(chosen.timing_cache)
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        if chosen.replay:
+            raise InputError(
+                f"there is no timing cache {path}", "replay=true needs one", "build once without"
+            ) from None
+        return b""
+    except OSError as error:
+        raise InputError(f"cannot read {path}", error.strerror or str(error)) from None
+
+
+def digest(cache: bytes) -> str:
+    """SHA-256 of a timing cache, as the manifest records it."""
+    return hashlib.sha256(cache).hexdigest()
+
+
+# -- text to values ----------------------------------------------------------------------------------------------------
+
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def _flag(value: Any) -> bool:
+    text = str(value).lower()
+    if text not in ("true", "false", "1", "0", "yes", "no"):
+        raise ValueError
+    return text in ("true", "1", "yes")
+
+
+def _size(value: Any) -> int | None:
+    text = str(value)
+    if value is None or not text:
+        return None
+    unit = text[-3:] if text[-3:] in _UNITS else ""
+    size = int(float(text.removesuffix(unit)) * _UNITS[unit])
+    if size <= 0:
+        raise ValueError
+    return size
+
+
+def _text_size(size: int | None) -> str:
+    return "" if size is None else str(size)
+
+
+def _within(least: int, most: int) -> Callable[[Any], int]:
+    def parse_whole(value: Any) -> int:
+        number = int(str(value))
+        if not least <= number <= most:
+            raise ValueError
+        return number
+
+    return parse_whole
+
+
+def _core(value: Any) -> int | None:
+    return None if value is None or str(value) == "" else _within(0, 15)(value)
+
+
+def _level(value: Any) -> str:
+    if str(value) not in HARDWARE_LEVELS:
+        raise ValueError
+    return str(value)
+
+
+def _ranges(value: Any) -> Ranges:
+    if isinstance(value, Mapping):
+        return {
+            str(n): {int(a): (int(r[0]), int(r[1]), int(r[2])) for a, r in axes.items()} for n, axes in value.items()
+        }
+    from edgecompile.frontend import parse_dynamics
+
+    found = parse_dynamics(filter(None, str(value).split(",")))
+    return {name: {axis: tuple(extent) for axis, extent in axes.items()} for name, axes in found.items()}  # type: ignore[misc]
+
+
+_PARSERS: Mapping[str, Callable[[Any], Any]] = {
+    "level": _within(0, 5),
+    "timing_cache": str,
+    "dynamic": _ranges,
+    "hardware": _level,
+    "dla": _core,
+    **dict.fromkeys(("workspace", "dla_sram", "dla_local", "dla_global", "weight_budget"), _size),
+    **dict.fromkeys(
+        (
+            "replay",
+            "version_compatible",
+            "dla_fallback",
+            "refit",
+            "weight_streaming",
+            "sparsity",
+            "tf32",
+            "cuda_graph",
+            "transfers",
+        ),
+        _flag,
+    ),
+}
+OPTIONS: Mapping[str, tuple[Any, str]] = {name: (Options().recorded()[name], text) for name, text in HELP.items()}
