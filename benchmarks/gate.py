@@ -20,6 +20,7 @@ import os
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -37,17 +38,15 @@ SIZES = {0.2: (32, 32), 2.0: (56, 64), 20.0: (96, 96)}
 INJECTED = (0.05, 0.10)
 
 
-def network(size: int, channels: int, blocks: int, extra: int, path: Path) -> None:
-    """Conv3x3 and ReLU, ``blocks`` times; and ``extra`` channels more of a Conv3x3 on the first feature map."""
+def network(size: int, channels: int, blocks: int, extra: tuple[int, int], path: Path) -> None:
+    """Conv3x3 and ReLU, ``blocks`` times; and beside them a Conv3x3 of the image with ``extra`` (channels, stride)."""
     rng = np.random.default_rng(7)
     weights, nodes, last, width = [], [], "x", 3
 
-    def conv(source: str, inputs: int, outputs: int, to: str) -> None:
-        scale = (2 / (9 * inputs)) ** 0.5
-        weights.append(
-            numpy_helper.from_array((rng.standard_normal((outputs, inputs, 3, 3)) * scale).astype("f4"), f"w_{to}")
-        )
-        nodes.append(helper.make_node("Conv", [source, f"w_{to}"], [to], pads=[1, 1, 1, 1]))
+    def conv(source: str, inputs: int, outputs: int, to: str, stride: int = 1) -> None:
+        kernel = rng.standard_normal((outputs, inputs, 3, 3)) * (2 / (9 * inputs)) ** 0.5
+        weights.append(numpy_helper.from_array(kernel.astype("f4"), f"w_{to}"))
+        nodes.append(helper.make_node("Conv", [source, f"w_{to}"], [to], pads=[1, 1, 1, 1], strides=[stride, stride]))
 
     for number in range(blocks):
         conv(last, width, channels, f"c{number}")
@@ -55,16 +54,16 @@ def network(size: int, channels: int, blocks: int, extra: int, path: Path) -> No
         last, width = f"r{number}", channels
     nodes.append(helper.make_node("GlobalAveragePool", [last], ["y"]))
     outputs = [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, channels, 1, 1])]
-    if extra:
-        conv("r0", channels, extra, "work")
-        nodes.append(helper.make_node("GlobalAveragePool", ["work"], ["z"]))
-        outputs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, extra, 1, 1]))
+    if extra[0]:
+        conv("x", 3, extra[0], "z", extra[1])
+        out = -(-size // extra[1])
+        outputs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [1, extra[0], out, out]))
     inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, size, size])]
     graph = helper.make_graph(nodes, "network", inputs, outputs, weights)
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
 
 
-def build(folder: Path, name: str, *args: int) -> bundle.Bundle:
+def build(folder: Path, name: str, *args: Any) -> bundle.Bundle:
     """The bundle of a network; the same graph for ONNX Runtime whatever the passes do."""
     folder.mkdir(parents=True, exist_ok=True)
     network(*args, folder / f"{name}.onnx")
@@ -86,23 +85,21 @@ def prepare(folder: Path, board: remote.Place, milliseconds: float) -> dict[floa
     def time_of(made: bundle.Bundle) -> float:
         return board.session({"x": board.add(made.path)}, seconds=0.3)["x"].percentile(25)
 
-    few, many = (
-        time_of(build(folder, "few", size, channels, 2, 0)),
-        time_of(build(folder, "many", size, channels, 6, 0)),
-    )
+    none = (0, 1)
+    few, many = (time_of(build(folder, f"of{n}", size, channels, n, none)) for n in (2, 6))
     blocks = max(2, round(2 + 4 * (milliseconds / 1e3 - few) / (many - few)))
-    made = {0.0: build(folder, "base", size, channels, blocks, 0)}
-    for wanted in INJECTED:
-        trials: dict[int, float] = {}
-        low, high = 1, 4 * channels
-        while low < high and len(trials) < 8:  # bisect on the number of channels
-            extra = (low + high) // 2
-            trials[extra] = slower_by(
-                board, made[0.0], build(folder, f"trial{extra}", size, channels, blocks, extra), 4
-            )
-            low, high = (extra + 1, high) if trials[extra] < np.log1p(wanted) else (low, extra)
-        best = min(trials, key=lambda e: abs(trials[e] - np.log1p(wanted)))
-        made[wanted] = build(folder, f"plus{wanted}", size, channels, blocks, best)
+    made = {0.0: build(folder, "base", size, channels, blocks, none)}
+    # From little work to much: the channels of the extra convolution, and its stride.
+    channels_of = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+    offers = sorted(((c, s) for s in (8, 4, 2, 1) for c in channels_of), key=lambda o: o[0] / o[1] ** 2)
+    for wanted in INJECTED:  # the least work that costs as much
+        low, high = 0, len(offers) - 1
+        while low < high:
+            middle = (low + high) // 2
+            trial = build(folder, f"trial{middle}", size, channels, blocks, offers[middle])
+            enough = slower_by(board, made[0.0], trial, 6) >= np.log1p(wanted)
+            low, high = (low, middle) if enough else (middle + 1, high)
+        made[wanted] = build(folder, f"plus{wanted}", size, channels, blocks, offers[low])
     return made
 
 
