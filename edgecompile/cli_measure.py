@@ -123,9 +123,9 @@ def compare(
     fraction = config.fraction(wanted, "--precision")
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(terminal.progress())
-        bundles = [stack.enter_context(as_bundle(x, target, target_options, seed, say)) for x in (first, second)]
+        a, b = (stack.enter_context(as_bundle(x, target, target_options, seed, say)) for x in (first, second))
         board = stack.enter_context(remote.open_board(device))
-        found = comparing.compare(*bundles, board, seconds=seconds, precision=fraction, seed=seed, progress=say)
+        found = comparing.compare(a, b, board, seconds=seconds, precision=fraction, seed=seed, progress=say)
     if as_json:
         terminal.print_json(found.to_json())
     else:
@@ -162,17 +162,18 @@ def gate(ctx: click.Context, **given: Any) -> None:
 
     Exit 0: pass. 1: fail. 3: inconclusive, this machine could not tell. 4: a baseline, runtime or device is missing.
     """
-    from edgecompile import ci, gate
+    from edgecompile import ci
+    from edgecompile import gate as gating
     from edgecompile.verdict import ERROR, GateResult, Problem
 
-    kept: list[gate.Recording] = []
+    kept: list[gating.Recording] = []
 
     def failed(problem: Problem, code: int) -> GateResult:
         return kept[0].failure(problem, code) if kept else GateResult(ERROR, code, error=problem)
 
     result = failed(Problem("no verdict was reached"), 70)
     try:
-        with gate.stoppable():
+        with gating.stoppable():
             result = _run_gate(given, kept.append)
     except EdgecompileError as error:
         result = failed(Problem(error.what, error.why, error.fix), max(error.exit_code, 2))
@@ -186,7 +187,7 @@ def gate(ctx: click.Context, **given: Any) -> None:
     finally:
         _write_result(result, given)
     if given["history"] is not None and given["replay"] is None:
-        gate.remember(result, given["history"])
+        gating.remember(result, given["history"])
     if given["as_json"]:
         terminal.print_json(result.to_json())
     else:
@@ -198,10 +199,11 @@ def _run_gate(given: dict[str, Any], kept: Callable[[gating.Recording], object])
     """What the command line and the configuration ask for; the recording is given to ``kept`` and written."""
     from dataclasses import replace
 
-    from edgecompile import baselines, bundle, config, gate, remote
+    from edgecompile import baselines, bundle, config, remote
+    from edgecompile import gate as gating
 
     if given["replay"] is not None:
-        return gate.replay(given["replay"])
+        return gating.replay(given["replay"])
     if not given["candidates"]:
         raise InputError("no candidate is given", fix="edgecompile gate build/model --baseline main")
     limits = config.load_gate(given["config_file"]) if given["config_file"] else config.GateConfig()
@@ -219,7 +221,7 @@ def _run_gate(given: dict[str, Any], kept: Callable[[gating.Recording], object])
     def other(named: str | None) -> Callable[[str], Bundle | None]:
         return lambda model: bundle.Bundle.open(store.resolve(named.replace("{name}", model))) if named else None
 
-    found = gate.contests(
+    found = gating.contests(
         [bundle.Bundle.open(path) for path in given["candidates"]],
         other(given["baseline"] or limits.baseline),
         other(given["anchor"] or limits.anchor),
@@ -228,14 +230,14 @@ def _run_gate(given: dict[str, Any], kept: Callable[[gating.Recording], object])
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
 
-    def keep(recording: gate.Recording) -> None:
+    def keep(recording: gating.Recording) -> None:
         kept(recording)
         if out is not None:
-            recording.save(out / gate.SAMPLES)
+            recording.save(out / gating.SAMPLES)
 
     device = next((d.transport for d in limits.devices if d.name == given["device"]), given["device"])
     with terminal.progress() as say, remote.open_board(device or None) as board:
-        return gate.run(found, limits, board, seed=given["seed"], progress=say, keep=keep)
+        return gating.run(found, limits, board, seed=given["seed"], progress=say, keep=keep)
 
 
 def _write_result(result: GateResult, given: dict[str, Any]) -> None:

@@ -124,9 +124,9 @@ def _half_width(taken: list[tuple[Samples, Samples]]) -> float:
 def _change(taken: list[tuple[Samples, Samples]]) -> Change:
     differences = _differences(taken)
     low, high = sequential.signed_rank_bounds(differences, (1 - CONFIDENCE) / 2)
-    medians = [float(np.median(np.concatenate([pair[arm].seconds for pair in taken]))) for arm in (0, 1)]
+    first, second = (float(np.median(np.concatenate([pair[arm].seconds for pair in taken]))) for arm in (0, 1))
     estimate = math.exp(sequential.hodges_lehmann(differences))
-    return Change(taken[0][0].clock, *medians, estimate, math.exp(low), math.exp(high))
+    return Change(taken[0][0].clock, first, second, estimate, math.exp(low), math.exp(high))
 
 
 def print_table(found: Comparison, first: str, second: str, console: Console) -> None:

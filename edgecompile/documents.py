@@ -31,8 +31,8 @@ def encode(value: Any, derived: Derived) -> Any:
         return {str(k): encode(v, derived) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [encode(v, derived) for v in value]
-    if hasattr(value, "item"):  # a numpy scalar; numpy itself would make `--help` slow
-        value = value.item()
+    item = getattr(value, "item", None)  # of a numpy scalar; importing numpy would make `--help` slow
+    value = item() if callable(item) else value
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
     return value if value is None or isinstance(value, (bool, int, str)) else str(value)
