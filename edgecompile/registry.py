@@ -23,9 +23,12 @@ PASSES = {
     "clean": "edgecompile.passes.clean:Clean",
     "fold_norm": "edgecompile.passes.fold_norm:FoldNorm",
     "reparam": "edgecompile.passes.reparam:Reparam",
+    "cast": "edgecompile.passes.cast:Cast",
+    "quantize": "edgecompile.passes.quantize:Quantize",
 }
 TARGETS = {
     "ort": "edgecompile.targets.ort:OrtTarget",
+    "trt": "edgecompile.targets.trt:TrtTarget",
 }
 
 

@@ -40,6 +40,11 @@ class OrtTarget(Target):
     """Lower a graph to an ONNX Runtime session."""
 
     name: ClassVar[str] = "ort"
+    pipelines: ClassVar[Mapping[str, str]] = {
+        "fp32": "clean,fold_norm,reparam",
+        "fp16": "clean,fold_norm,reparam,cast",
+        "int8": "clean,fold_norm,reparam,quantize",
+    }
     options: ClassVar[Mapping[str, tuple[Any, str]]] = OPTIONS
 
     def probe(self) -> Sequence[Capability]:

@@ -1,0 +1,203 @@
+"""Engines below fp32 through the driver and the command line: data, the guard, what is refused, what is prepared."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from edgecompile import bundle, driver, frontend
+from edgecompile.errors import InputError
+from edgecompile.measure import Samples
+from edgecompile.pipeline import Step
+from edgecompile.target import LayerTime
+
+NET = """import torch
+from torch import nn
+
+
+def model():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Conv2d(3, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(),
+                         nn.Conv2d(32, 32, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 5))
+
+
+def example_inputs():
+    return torch.randn(1, 3, 24, 24)
+"""
+DATA = """
+
+def calibration_data():
+    torch.manual_seed(2)
+    for _ in range(6):
+        yield torch.randn(1, 3, 24, 24)
+"""
+
+
+def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edgecompile", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=dict(os.environ))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "plain.py").write_text(NET)
+    (tmp_path / "data.py").write_text(NET + DATA)
+    return tmp_path
+
+
+def ops(path: Path) -> set[str]:
+    return {node.op_type for node in onnx.load(path / "model.onnx", load_external_data=False).graph.node}
+
+
+# -- data --------------------------------------------------------------------------------------------------------------
+
+
+def test_int8_without_data_stops_and_says_how_to_give_some(folder):
+    done = run("build", "plain.py", "--precision", "int8", "-o", "out", "--no-bench", cwd=folder)
+    assert done.returncode == 2 and "--calib" in done.stderr and "Traceback" not in done.stderr
+    assert not (folder / "out").exists()
+
+
+def test_int8_from_the_data_of_the_users_file(folder):
+    done = run("build", "data.py", "--precision", "int8", "-o", "out", "--no-bench", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert "QuantizeLinear" in ops(folder / "out") and report["provenance"]["precision"] == "int8"
+    assert not report["warnings"]
+    snr = min(e["snr_db"] for e in report["parity"]["outputs"].values())
+    assert 15 < snr < 80, "int8, and still the same model"
+
+
+def test_data_from_a_file_and_random_data_only_when_asked_for(folder):
+    rng = np.random.default_rng(0)
+    np.savez(folder / "images.npz", args_0=rng.standard_normal((4, 3, 24, 24)).astype(np.float32))
+    np.save(folder / "images.npy", rng.standard_normal((4, 3, 24, 24)).astype(np.float32))
+    line = ("build", "plain.py", "--precision", "int8", "--no-bench", "--json", "--calib-memory", "64MiB")
+    done = run(*line, "--calib", "images.npy", "-o", "a", cwd=folder)
+    assert done.returncode == 0 and not json.loads(done.stdout)["warnings"], done.stderr
+    done = run(*line, "--calib", "random:2", "-o", "b", cwd=folder)
+    assert "random numbers" in json.loads(done.stdout)["warnings"][0]
+    done = run(*line, "--calib", "nothing", "-o", "c", cwd=folder)
+    assert done.returncode == 2 and not (folder / "c").exists()
+
+
+def test_an_error_in_calibration_data_names_the_line(folder):
+    (folder / "wrong.py").write_text(NET + "\n\ndef calibration_data():\n    yield torch.zeros(1, 3, 5, 5)[9]\n")
+    done = run("build", "wrong.py", "--precision", "int8", "-o", "out", "--no-bench", cwd=folder)
+    assert done.returncode == 2 and "wrong.py:16" in done.stderr, done.stderr
+    (folder / "wrong.py").write_text(NET + "\n\ndef calibration_data():\n    yield torch.zeros(1, 3, 5, 5)\n")
+    done = run("build", "wrong.py", "--precision", "int8", "-o", "out", "--no-bench", cwd=folder)
+    assert done.returncode == 2 and "24" in done.stderr and not (folder / "out").exists()
+
+
+def test_images_are_read_as_the_configuration_says(folder):
+    image = pytest.importorskip("PIL.Image")
+    (folder / "images").mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 30, 3), np.uint8)
+        image.fromarray(pixels).save(folder / "images" / f"{number}.png")
+    (folder / "edgecompile.toml").write_text("[preprocess]\nsize = [24, 24]\nmean = [0.5, 0.5, 0.5]\nstd = 0.25\n")
+    line = ("build", "plain.py", "--precision", "int8", "--no-bench", "--calib", "images", "-o", "out")
+    done = run(*line, "--config", "edgecompile.toml", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "edgecompile.toml").write_text("[preprocess]\nsize = [24, 24]\nmeen = [0.5, 0.5, 0.5]\n")
+    done = run(*line, "--config", "edgecompile.toml", cwd=folder)
+    assert done.returncode == 2 and "mean" in done.stderr
+
+
+# -- the guard ---------------------------------------------------------------------------------------------------------
+
+
+def arm(seconds: float) -> Samples:
+    calls = seconds * (1 + 0.01 * np.random.default_rng(int(seconds * 1e6)).random(120))
+    return Samples("x", "thread_cpu", calls, 1, np.arange(120) // 2, sessions=np.arange(120) // 20)
+
+
+@pytest.mark.parametrize(("engine", "slower"), [(0.5e-3, False), (0.99e-3, False), (1.1e-3, True)])
+def test_an_engine_must_be_faster_than_what_it_was_made_from(engine, slower):
+    def step(exact: bool) -> Step:
+        return Step("p", exact, (), (), None, None, None, 0.0)  # type: ignore[arg-type]
+
+    arms = {"plain export": arm(3e-3), "reparam": arm(1e-3), "engine": arm(engine)}
+    stages = [(step(True), None), (step(False), None)]
+    layers = [
+        LayerTime("a", "Conv", 900.0, ("a",), ("stem",)),
+        LayerTime("q", "QuantizeLinear", 90.0, ("q",), ("stem",)),
+    ]
+    found = driver._slower(arms, stages, layers, driver.Options(precision="int8"))  # type: ignore[arg-type]
+    assert bool(found) == slower
+    if slower:
+        assert "1.1" in found and "1 conversions" in found and "stem" in found
+    exact = [(step(True), None), (step(True), None)]
+    assert not driver._slower(arms, exact, layers, driver.Options())  # type: ignore[arg-type]
+    assert not driver._slower({}, stages, layers, driver.Options(precision="int8"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_the_faster_engine_is_the_result_unless_forced(folder, monkeypatch, force):
+    real, said = driver._slower, []
+    monkeypatch.setattr(
+        driver, "_slower", lambda arms, stages, layers, options: "" if real({}, stages, layers, options) else
+        "int8 is not faster" if options.precision == "int8" else "",
+    )  # fmt: skip
+    source = frontend.load(str(folder / "data.py"), folder=folder / "scratch")
+    options = driver.Options(precision="int8", seconds=0.5, force=force, target_options={"threads": 1})
+    made = driver.build(source, folder / "out", options, said.append)
+    assert made.manifest["precision"] == ("int8" if force else "fp32")
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["warnings"][0].startswith("int8 is not faster")
+    assert report["verdict"][0]["text"].startswith("The build says") or "int8 is not faster" in str(
+        report["verdict"][0]
+    )
+    assert (folder / "out" / "rejected-int8.json").is_file() != force
+    assert ("QuantizeLinear" in ops(folder / "out")) == force
+    bundle.Bundle.open(folder / "out").engine().close()
+
+
+def test_fp16_keeps_its_budget(folder):
+    source = frontend.load(str(folder / "plain.py"), folder=folder / "scratch")
+    made = driver.build(source, folder / "out", driver.Options(precision="fp16", bench=False, min_snr=45.0))
+    assert "Cast" in ops(made.path) and made.manifest["passes"].endswith("cast{min_snr=45.0}")
+    stored = onnx.load(made.path / "model.onnx").graph.initializer
+    assert any(t.data_type == onnx.TensorProto.FLOAT16 for t in stored)
+    feeds, reference = made.probe()
+    found = made.engine().run(feeds)
+    for name, wanted in reference.items():
+        noise = np.square(found[name] - wanted).sum()
+        assert 10 * np.log10(np.square(wanted).sum() / noise) > 45
+
+
+def test_a_precision_that_a_target_lacks(folder):
+    source = frontend.load(str(folder / "plain.py"), folder=folder / "scratch")
+    with pytest.raises(InputError, match="cannot build bf16"):
+        driver.build(source, folder / "out", driver.Options(precision="bf16"))
+
+
+# -- prepared for another machine --------------------------------------------------------------------------------------
+
+
+def test_trt_is_prepared_where_it_cannot_be_built(folder):
+    pytest.importorskip("edgecompile.targets.trt")
+    line = ("build", "plain.py", "--target", "trt", "-o", "out")
+    done = run(*line, cwd=folder)
+    if done.returncode == 0:
+        pytest.skip("TensorRT is here")
+    assert done.returncode == 4 and "edgecompile build out" in done.stderr, done.stderr
+    made = bundle.Bundle.open(folder / "out")
+    assert made.prepared and made.manifest["state"] == "prepared" and not any(made.manifest["problems"].values())
+    done = run(*line, "--prepare", "--precision", "fp16", cwd=folder)
+    assert done.returncode == 0 and "prepared for TensorRT" in done.stdout
+    done = run("build", "out", "--prepare", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert bundle.Bundle.open(folder / "out").manifest["precision"] == "fp16", "a bundle remembers what it is"
+    done = run("bench", "out", cwd=folder)
+    assert done.returncode == 4 and "edgecompile build out" in done.stderr
+    done = run("build", "plain.py", "--target", "ort", "--prepare", "-o", "other", cwd=folder)
+    assert done.returncode == 2 and not (folder / "other").exists()
