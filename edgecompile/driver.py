@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgecompile import __version__, bundle, calibration_data, frontend, measure, oracle, registry, report, stats
 from edgecompile.bundle import Bundle
-from edgecompile.errors import InputError, ParityError
+from edgecompile.errors import EnvironmentMissing, InputError, ParityError
 from edgecompile.files import new_folder, write_atomic
 from edgecompile.frontend import Source
 from edgecompile.graph import Graph
@@ -183,9 +183,14 @@ def _build(
         say("checking parity")
         with clock("parity"):
             reference = source.reference or tuple(oracle.run(source.graph, f) for f in source.feeds)
-            errors = oracle.worst(
-                oracle.compare_all(r, engine.run(f)) for f, r in zip(source.feeds, reference, strict=True)
-            )
+            errors, elsewhere = {}, ""
+            try:
+                errors = oracle.worst(
+                    oracle.compare_all(r, engine.run(f)) for f, r in zip(source.feeds, reference, strict=True)
+                )
+            except EnvironmentMissing as error:  # compiled for another machine
+                elsewhere = f"the engine was neither compared nor measured: {error.what}"
+                options = replace(options, bench=False)
         tolerance = TOLERANCE[options.precision]
         _require_parity(errors, tolerance, source)
         bundle.write_probe(folder, source.feeds[0], reference[0])
@@ -203,6 +208,7 @@ def _build(
                 say("profiling layers")
                 layers = engine.layers(source.feeds[0])
         warnings = [f"{instead_of.why}; this is fp32 (--force keeps {instead_of.precision})"] if instead_of else []
+        warnings += [elsewhere] if elsewhere else []
         if data is not None and data.random:
             warnings.append("the ranges come from random numbers, which say nothing about the accuracy on real data")
         slower = _slower(dict(latency), stages, layers, options)

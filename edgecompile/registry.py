@@ -25,10 +25,12 @@ PASSES = {
     "reparam": "edgecompile.passes.reparam:Reparam",
     "cast": "edgecompile.passes.cast:Cast",
     "quantize": "edgecompile.passes.quantize:Quantize",
+    "legalize": "edgecompile.passes.legalize:Legalize",
 }
 TARGETS = {
     "ort": "edgecompile.targets.ort:OrtTarget",
     "trt": "edgecompile.targets.trt:TrtTarget",
+    "tvm": "edgecompile.targets.tvm:TvmTarget",
 }
 
 

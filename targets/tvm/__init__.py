@@ -1,0 +1,125 @@
+"""The target ``tvm``: a shared library of compiled kernels, for this CPU, for ARM boards, and for CUDA.
+
+Apache TVM imports the graph into Relax; :mod:`edgecompile.targets.tvm.schedules` says how the kernels that matter are
+computed, and LLVM compiles them. ``model.so`` holds code, weights and the plan of execution; ``kernels.json`` says
+which nodes of ``model.onnx`` each kernel stands for. Loading a library executes code, so :meth:`TvmTarget.load`
+compares the manifest with this machine first.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, ClassVar
+
+from edgecompile import measure
+from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError, missing_extra
+from edgecompile.files import write_atomic
+from edgecompile.graph import Graph
+from edgecompile.target import Capability, Engine, EngineManifest, Target
+from edgecompile.targets.tvm import lower
+from edgecompile.targets.tvm import options as tvm_options
+from edgecompile.targets.tvm.engine import TvmEngine
+
+ENGINE, KERNELS = "model.so", "kernels.json"
+_REBUILD = "build it again on this machine: edgecompile build model.onnx --target tvm"
+_LINKERS = {"x86_64": "gcc", "aarch64": "aarch64-linux-gnu-gcc"}
+
+
+class TvmTarget(Target):
+    """Compile a graph with Apache TVM."""
+
+    name: ClassVar[str] = "tvm"
+    options: ClassVar[Mapping[str, tuple[Any, str]]] = tvm_options.OPTIONS
+    pipelines: ClassVar[Mapping[str, str]] = {"fp32": "clean,fold_norm,reparam,legalize{target=tvm},clean"}
+
+    def probe(self) -> Sequence[Capability]:
+        """TVM, the CPU it compiles for by default, and the linkers."""
+        return list(_capabilities())
+
+    def build(self, graph: Graph, folder: Path, options: Mapping[str, Any]) -> Engine:
+        """See :meth:`edgecompile.target.Target.build`; writes :data:`ENGINE` and :data:`KERNELS`.
+
+        An engine for another kind of device is built and linked; only running it raises EnvironmentMissing.
+        """
+        runtime()
+        chosen = tvm_options.parse(options)
+        tvm_options.require_linker(chosen)
+        named = lower.named(graph)
+        kernels = lower.build(named, chosen, folder / ENGINE)
+        write_atomic(folder / KERNELS, [json.dumps(kernels, indent=0).encode()])
+        recorded = {name: options.get(name, default) for name, (default, _) in self.options.items()}
+        versions = {package: version(package) for package in ("apache-tvm", "apache-tvm-ffi")}
+        manifest = EngineManifest(self.name, (ENGINE, KERNELS), versions, tvm_options.device(chosen), recorded)
+        return TvmEngine(manifest, chosen, folder / ENGINE, named, kernels)
+
+    def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
+        """See :meth:`edgecompile.target.Target.load`; the library is not touched before it is known to fit."""
+        runtime()
+        chosen = tvm_options.parse(manifest.options)
+        _require_fit(folder / ENGINE, manifest)
+        try:
+            kernels = json.loads((folder / KERNELS).read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{folder / KERNELS} cannot be read", str(error), _REBUILD) from None
+        return TvmEngine(manifest, chosen, folder / ENGINE, lower.named(graph), kernels)
+
+
+def runtime():
+    """The module ``tvm``.
+
+    Raises:
+        EnvironmentMissing: it is not installed, or broken.
+    """
+    try:
+        import tvm
+    except ModuleNotFoundError:
+        raise missing_extra("the target tvm cannot be used", "apache-tvm", "tvm") from None
+    except Exception as error:  # a wrong version of its ffi package raises whatever it meets first
+        raise EnvironmentMissing(
+            "TVM cannot be loaded", " ".join(str(error).split())[:300], "pip install 'edgecompile[tvm]'"
+        ) from None
+    return tvm
+
+
+def _require_fit(path: Path, manifest: EngineManifest) -> None:
+    """Refuse a library that another version made, or whose code this CPU may not have.
+
+    Raises:
+        EnvironmentMissing: it is one.
+    """
+    built, here = manifest.versions.get("apache-tvm", ""), version("apache-tvm")
+    if built.split(".")[:2] != here.split(".")[:2]:
+        raise EnvironmentMissing(
+            f"{path} was built with TVM {built}",
+            f"this is {here}, and a library runs on the version that made it",
+            f"pip install 'apache-tvm=={built}', or {_REBUILD}",
+        )
+    machine, *features = manifest.device.split()
+    have = {platform.machine(), *measure.cpu_features()}
+    if missing := [f for f in (machine, *features) if f not in have]:
+        raise EnvironmentMissing(
+            f"{path} was built for another CPU", f"it needs {', '.join(missing)}, which this machine lacks", _REBUILD
+        )
+
+
+def _capabilities() -> Iterator[Capability]:
+    try:
+        found = version("apache-tvm")
+        runtime()
+        device = tvm_options.device(tvm_options.parse({}))
+    except PackageNotFoundError:
+        yield Capability("tvm compiler", False, detail="not installed", fix="pip install 'edgecompile[tvm]'")
+        return
+    except EdgecompileError as error:
+        yield Capability("tvm compiler", False, detail=error.why, fix=error.fix)
+        return
+    yield Capability("tvm compiler", True, found, f"compiles for {device}")
+    for machine, linker in _LINKERS.items():
+        path = shutil.which(linker)
+        fix = "" if path else f"sudo apt-get install {'gcc' if linker == 'gcc' else 'gcc-aarch64-linux-gnu'}"
+        yield Capability(f"tvm linker for {machine}", path is not None, detail=path or f"no {linker}", fix=fix)

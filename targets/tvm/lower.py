@@ -1,0 +1,302 @@
+"""From a graph to a library: import into Relax, lower, schedule, compile, link; and which nodes each kernel stands for.
+
+TVM keeps no record of where an operator came from. Every node of the graph is therefore bound to a variable with its
+number in the name, which survives until operators are fused into kernels. What a kernel computes is then recognised by
+its value: the same operators on the same operands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgecompile.errors import EdgecompileError, InputError
+from edgecompile.graph import Graph, provenance, where
+from edgecompile.targets.tvm import schedules
+from edgecompile.targets.tvm.options import Options
+
+_NUMBER = re.compile(r"node_(\d+)(?:_.*)?")
+_OPSETS = range(7, 25)
+
+
+def named(graph: Graph) -> Graph:
+    """A copy in which every node has a name of its own: that of the node, else of its first output."""
+    copy, taken = graph.copy(), set[str]()
+    for node in copy.walk():
+        label, count = node.name or node.outputs[0].name, 0
+        node.name = label
+        while node.name in taken:
+            count += 1
+            node.name = f"{label}_{count}"
+        taken.add(node.name)
+    return copy
+
+
+def check(graph: Graph) -> None:
+    """Refuse what Relax cannot take, all at once.
+
+    Raises:
+        InputError: the opset, an operator (by module path) or an input without a static shape.
+    """
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    opset = graph.opsets.get("", 0)
+    if opset not in _OPSETS:
+        raise InputError(
+            f"TVM cannot take opset {opset}", f"it is tested with {_OPSETS[0]} to {_OPSETS[-1]}", "export with another"
+        )
+    known = {*onnx_frontend._get_convert_map(), "If", "Constant"}
+    refused = [n for n in graph.walk() if n.domain not in (None, "", "ai.onnx") or n.op not in known]
+    if refused:
+        raise InputError(
+            f"TVM has no operator for {', '.join(where(n) for n in refused[:5])}",
+            f"{len(refused)} of {len(list(graph.walk()))} nodes have none",
+            "run the pass legalize{target=tvm}, or use --target ort",
+        )
+    for tensor in graph.inputs:
+        if tensor.shape is None or not all(isinstance(d, int) for d in tensor.shape):
+            raise InputError(
+                f"the input {tensor.name!r} has no static shape",
+                "TVM's schedules are made for one shape",
+                f"give it with --input {tensor.name}:1x3x224x224",
+            )
+
+
+def build(graph: Graph, chosen: Options, path: Path) -> list[dict[str, Any]]:
+    """Compile ``graph`` into a shared library.
+
+    Args:
+        graph: the graph, its nodes named by :func:`named`.
+        chosen: the options.
+        path: the library to write.
+
+    Returns:
+        for each kernel in the order of execution: its symbol and the names of the nodes it stands for.
+
+    Raises:
+        InputError: TVM refuses a node (named by module path) or fails to compile.
+    """
+    import tvm
+    from tvm import relax
+
+    check(graph)
+    module = _imported(graph)
+    target = tvm.target.Target(dict(chosen.target))
+    try:
+        with target, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            loops = _loops(module, chosen)
+            grouped = relax.transform.FuseOps()(loops)
+            kernels = _kernels(loops, grouped, graph)
+            fused = _scheduled(relax.transform.FuseTIR()(grouped), chosen)
+            library = tvm.compile(fused, target=target, relax_pipeline=tvm.transform.Sequential(_finish()))
+            library.export_library(str(path), **_link(chosen))
+    except Exception as error:  # TVM raises types of many kinds
+        fix = "try the option schedules=no, which is slow, or --target ort" if chosen.schedules else "use --target ort"
+        raise InputError("TVM cannot compile the graph", _last_line(error), fix) from error
+    return kernels
+
+
+def _imported(graph: Graph):
+    """The Relax module; the variable that holds the result of node i is called ``node_i``."""
+    from tvm import relax
+    from tvm.relax.frontend.onnx import onnx_frontend
+
+    nodes = {node.name: (index, node) for index, node in enumerate(graph.walk())}
+
+    class Importer(onnx_frontend.ONNXGraphImporter):
+        def _convert_operator(self, op_name, inputs, attrs, opset):
+            index, node = nodes[attrs["tvm_custom"]["name"]]
+            try:
+                if op_name == "Clip" and (clip := _clip(inputs)) is not None:
+                    return self.bb.emit(clip, f"node_{index}")
+                result = super()._convert_operator(op_name, inputs, attrs, opset)
+            except Exception as error:  # the importer raises whatever it meets
+                raise InputError(f"TVM cannot take {where(node)}", _last_line(error)) from error
+            tensor = isinstance(result, relax.Call) and isinstance(result.ty, relax.TensorType | relax.TupleType)
+            return self.bb.emit(result, f"node_{index}") if tensor else result
+
+    model = graph.to_proto()
+    importer: Any = Importer({}, "float32")
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            return importer.from_onnx(model.graph, graph.opsets[""])
+        except EdgecompileError:
+            raise
+        except Exception as error:  # as above
+            raise InputError("TVM cannot take the graph", _last_line(error)) from error
+
+
+def _clip(inputs: Sequence[Any]) -> Any:
+    """Clip to constant bounds that have as many axes as what is clipped, which a change of layout can pass."""
+    from tvm import relax
+
+    bounds: list[Any] = [b.value.numpy() if isinstance(b, _constant()) else None for b in inputs[1:3]]
+    if len(bounds) < 2 or any(b is None or b.size != 1 for b in bounds):
+        return None
+    low, high = (relax.const(b.reshape((1,) * inputs[0].ty.ndim)) for b in bounds)
+    return relax.op.minimum(relax.op.maximum(inputs[0], low), high)
+
+
+def _loops(module, chosen: Options):
+    """Operators as loops."""
+    import tvm
+    from tvm import relax
+
+    own = chosen.schedules and not chosen.cuda
+    steps = [
+        relax.transform.DecomposeOpsForInference(),
+        *(schedules.layout() if own else ()),
+        relax.transform.CanonicalizeBindings(),
+        relax.transform.FoldConstant(),
+        *((relax.transform.LegalizeOps(schedules.legalizations(chosen)),) if own else ()),
+        relax.transform.LegalizeOps(),
+        relax.transform.AnnotateTIROpPattern(),
+        relax.transform.FoldConstant(),
+        relax.transform.DeadCodeElimination(),
+    ]
+    return tvm.transform.Sequential(steps)(module)
+
+
+def _scheduled(module, chosen: Options):
+    if chosen.cuda:
+        from tvm.s_tir import dlight
+
+        gpu = dlight.gpu
+        rules = (gpu.Matmul(), gpu.GEMV(), gpu.Reduction(), gpu.GeneralReduction(), gpu.Fallback())
+        schedule: Any = dlight.ApplyDefaultSchedule(*rules)
+        return schedule(module)
+    return schedules.apply(module, chosen) if chosen.schedules else module
+
+
+def _finish() -> list:
+    """From kernels and their calls to the instructions of the virtual machine."""
+    from tvm.relax import transform
+
+    return [
+        transform.RewriteDataflowReshape(),
+        transform.ToNonDataflow(),
+        transform.RemovePurityChecking(),
+        transform.CallTIRRewrite(),
+        transform.StaticPlanBlockMemory(),
+        transform.LowerAllocTensor(),
+        transform.KillAfterLastUse(),
+        transform.LowerRuntimeBuiltin(),
+        transform.ComputePrimValue(),
+        transform.VMShapeLower(),
+        transform.AttachGlobalSymbol(),
+    ]
+
+
+def _link(chosen: Options) -> dict[str, Any]:
+    """How ``export_library`` links."""
+    if not chosen.linker:
+        return {}
+    from tvm.support import cc
+
+    return {"fcompile": cc.cross_compiler(chosen.linker)}
+
+
+# -- which nodes a kernel stands for -----------------------------------------------------------------------------------
+
+
+class _Values:
+    """Numbers for values: equal computations on equal values have equal numbers, whatever variables hold them."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+
+    def of(self, expr: Any, env: Mapping[Any, int]) -> int:
+        """The number of an expression, given those of variables."""
+        from tvm import relax
+
+        if isinstance(expr, relax.Var):
+            return env[expr]
+        if isinstance(expr, relax.Call):
+            key: Hashable = (str(expr.op), *(self.of(a, env) for a in expr.args), str(expr.attrs))
+        elif isinstance(expr, relax.Tuple):
+            key = tuple(self.of(field, env) for field in expr.fields)
+        elif isinstance(expr, relax.TupleGetItem):
+            key = (self.of(expr.tuple_value, env), "item", expr.index)
+        else:  # constants are the same objects before and after fusion; shapes and functions print as what they are
+            key = expr if isinstance(expr, _constant()) else str(expr)
+        return self._numbers.setdefault(key, len(self._numbers))
+
+
+def _kernels(loops, grouped, graph: Graph) -> list[dict[str, Any]]:
+    """The calls of kernels of ``grouped`` in order, with the nodes whose operators in ``loops`` they compute."""
+    from tvm import relax
+
+    values, names = _Values(), [node.name for node in graph.walk()]
+    env = {p: -1 - i for i, p in enumerate(loops["main"].params)}
+    owner: dict[int, str] = {}
+    waiting: list[int] = []
+    for binding in _bindings(loops["main"]):
+        number = env[binding.var] = values.of(binding.value, env)
+        waiting.append(number)
+        if match := _NUMBER.fullmatch(binding.var.name):  # what was emitted since the last node is part of this one
+            owner |= dict.fromkeys((w for w in waiting if w not in owner), str(names[int(match[1])]))
+            waiting = []
+    env = {p: -1 - i for i, p in enumerate(grouped["main"].params)}
+    kernels = []
+    for binding in _bindings(grouped["main"]):
+        call: Any = binding.value
+        function = grouped[call.op] if isinstance(call, relax.Call) and isinstance(call.op, _global()) else None
+        if function is None:
+            numbers = [values.of(call, env)]
+            symbol = _symbol(call.args[0]) if _calls_tir(call) else ""
+        else:
+            inner = dict(zip(function.params, (values.of(a, env) for a in call.args), strict=True))
+            for step in _bindings(function):
+                inner[step.var] = values.of(step.value, inner)
+            numbers = [inner[step.var] for step in _bindings(function)]
+            numbers.append(values.of(function.body.body, inner))
+            symbol = _symbol(call.op)
+        env[binding.var] = numbers[-1]
+        if symbol:
+            nodes = dict.fromkeys(owner[n] for n in numbers if n in owner)
+            kernels.append({"symbol": symbol, "nodes": list(nodes)})
+    return kernels
+
+
+def _bindings(function) -> Iterator[Any]:
+    for block in function.body.blocks:
+        yield from block.bindings
+
+
+def _symbol(function: Any) -> str:
+    return function.name_hint
+
+
+def _calls_tir(call: Any) -> bool:
+    from tvm import relax
+
+    return isinstance(call, relax.Call) and "call_tir" in str(call.op) and isinstance(call.args[0], _global())
+
+
+def _global() -> type:
+    from tvm.ir import GlobalVar
+
+    return GlobalVar
+
+
+def _constant() -> type:
+    from tvm.ir import GenericConst
+
+    return GenericConst
+
+
+def modules(graph: Graph) -> Mapping[str, tuple[str, ...]]:
+    """Torch module paths by name of node."""
+    return {node.name: provenance(node).modules for node in graph.walk()}
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -1,0 +1,165 @@
+"""Options of the target ``tvm`` and the LLVM or CUDA target that they mean."""
+
+from __future__ import annotations
+
+import difflib
+import platform
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from edgecompile import measure
+from edgecompile.errors import EnvironmentMissing, InputError
+
+OPTIONS: Mapping[str, tuple[Any, str]] = {
+    "threads": ("auto", "threads of one operator; auto: every physical core this process may use. 1 is timed best"),
+    "mcpu": ("", "CPU to compile for, as LLVM calls it, e.g. cortex-a78; this machine's by default"),
+    "mattr": ("", "CPU features on top of mcpu, e.g. +dotprod,-sve; this machine's by default"),
+    "mtriple": ("", "target triple of a cross-compilation, e.g. aarch64-linux-gnu"),
+    "linker": ("", "compiler that links the library; the machine's own, or TRIPLE-gcc"),
+    "arch": ("", "CUDA architecture, e.g. sm_87: compile for a GPU instead of the CPU"),
+    "schedules": (True, "use edgecompile's own schedules; without them every operator gets TVM's default lowering"),
+}
+THREADS_PER_BLOCK, SHARED_BYTES, WARP = 1024, 48 << 10, 32  # what every CUDA device since sm_50 has
+
+# Features that Linux names one way and LLVM another, by the first word of the triple.
+_LLVM_NAMES: Mapping[str, Mapping[str, str]] = {
+    "x86_64": {
+        **{f: f for f in ("avx", "avx2", "fma", "avx512f", "avx512bw")},
+        "avx512_vnni": "avx512vnni",
+        "avx_vnni": "avxvnni",
+        "avx512_bf16": "avx512bf16",
+        "amx_int8": "amx-int8",
+        "amx_bf16": "amx-bf16",
+    },
+    "aarch64": {
+        "asimd": "neon",
+        "asimdhp": "fullfp16",
+        "asimddp": "dotprod",
+        **{f: f for f in ("i8mm", "bf16", "sve", "sve2")},
+    },
+}
+_LINKERS = {"aarch64": "sudo apt-get install gcc-aarch64-linux-gnu", "x86_64": "sudo apt-get install gcc"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options, parsed.
+
+    Attributes:
+        threads: of one operator.
+        target: the dictionary that ``tvm.target.Target`` takes.
+        machine: first word of the triple: ``x86_64``, ``aarch64``.
+        linker: the compiler that links, ``""`` for TVM's own choice.
+        schedules: whether to use our own schedules.
+    """
+
+    threads: int
+    target: Mapping[str, Any]
+    machine: str
+    linker: str
+    schedules: bool
+
+    @property
+    def cuda(self) -> str:
+        """The CUDA architecture, or ``""``."""
+        return self.target.get("arch", "")
+
+    @property
+    def runs_here(self) -> bool:
+        """Whether a CPU of this kind could load the library at all."""
+        return not self.cuda and self.machine == platform.machine()
+
+
+def parse(given: Mapping[str, Any]) -> Options:
+    """Options as given on the command line or recorded in a manifest.
+
+    Raises:
+        InputError: an option is unknown or has no such value.
+    """
+    for name in given:
+        if name not in OPTIONS:
+            close = difflib.get_close_matches(name, OPTIONS, 1)
+            raise InputError(
+                f"target tvm has no option {name!r}",
+                f"did you mean {close[0]!r}?" if close else f"it has {', '.join(OPTIONS)}",
+            )
+    value = {name: given.get(name, default) for name, (default, _) in OPTIONS.items()}
+    triple = str(value["mtriple"])
+    machine = triple.partition("-")[0] or platform.machine()
+    if machine not in _LLVM_NAMES:
+        raise InputError(f"mtriple={triple} is not supported", f"it must begin with {' or '.join(_LLVM_NAMES)}")
+    host: dict[str, Any] = {"kind": "llvm", **_cpu(machine, triple, str(value["mcpu"]), str(value["mattr"]))}
+    arch = str(value["arch"])
+    target = host
+    if arch:
+        if not arch.startswith("sm_") or not arch[3:].isdigit():
+            raise InputError(f"arch={arch} is not a CUDA architecture", "it must be sm_NUMBER", "for example sm_87")
+        target = {
+            "kind": "cuda",
+            "arch": arch,
+            "max_threads_per_block": THREADS_PER_BLOCK,
+            "max_num_threads": THREADS_PER_BLOCK,
+            "max_shared_memory_per_block": SHARED_BYTES,
+            "thread_warp_size": WARP,
+            "host": host,
+        }
+    linker = str(value["linker"]) or (f"{machine}-linux-gnu-gcc" if machine != platform.machine() else "")
+    return Options(_threads(value["threads"]), target, machine, linker, _flag(value["schedules"]))
+
+
+def _cpu(machine: str, triple: str, mcpu: str, mattr: str) -> dict[str, Any]:
+    """The LLVM target's keys; this machine's CPU and exactly the features it says it has, unless others are given."""
+    keys: dict[str, Any] = {"mtriple": triple} if triple else {}
+    here = not mcpu and not mattr and machine == platform.machine()
+    if here:
+        from tvm.target import codegen
+
+        present = set(measure.cpu_features())
+        mcpu = codegen.llvm_get_system_cpu()
+        mattr = ",".join(f"{'+' if f in present else '-'}{name}" for f, name in _LLVM_NAMES[machine].items())
+    if mcpu:
+        keys["mcpu"] = mcpu
+    if mattr:
+        keys["mattr"] = mattr.split(",")
+    return keys
+
+
+def device(chosen: Options) -> str:
+    """What the code runs on: the machine, and the features that LLVM may use on it."""
+    if chosen.cuda:
+        return f"cuda {chosen.cuda}"
+    from tvm.target import Target, codegen
+
+    target = Target(dict(chosen.target))
+    names = _LLVM_NAMES[chosen.machine].items()
+    return " ".join([chosen.machine, *(f for f, name in names if codegen.target_has_features(name, target))])
+
+
+def require_linker(chosen: Options) -> None:
+    """Refuse before compiling what nothing could link.
+
+    Raises:
+        EnvironmentMissing: the linker is not on the path.
+    """
+    names = [chosen.linker] if chosen.linker else ["gcc", "g++", "clang", "cc"]
+    if not any(map(shutil.which, names)):
+        raise EnvironmentMissing(
+            f"nothing links a library for {chosen.machine}", f"{names[0]} is not on the path", _LINKERS[chosen.machine]
+        )
+
+
+def _threads(value: Any) -> int:
+    if str(value) == "auto":
+        return measure.available_cores()
+    if not str(value).isdigit() or int(value) < 1:
+        raise InputError(f"threads={value} is not a number of threads", "give auto or a whole number from 1")
+    return int(value)
+
+
+def _flag(value: Any) -> bool:
+    text = str(value).lower()
+    if text not in ("true", "false", "1", "0", "yes", "no"):
+        raise InputError(f"schedules={value} is neither true nor false")
+    return text in ("true", "1", "yes")

@@ -1,0 +1,180 @@
+"""The register tile that products and convolutions share: its size, and its schedule.
+
+A tile of ``rows x columns`` results stays in vector registers while the reduction runs over it: each step loads one
+vector per ``lanes`` columns and broadcasts one operand per row (Goto and van de Geijn, Anatomy of High-Performance
+Matrix Multiplication, ACM TOMS 2008, section 4; for convolutions Georganas et al., Anatomy of High-Performance Deep
+Learning Convolutions on SIMD Architectures, SC 2018, section II). Columns are channels of the output, which are
+innermost in memory, rows are pixels or tokens.
+
+A kernel is a computation in which a block called :data:`TILE` computes all tiles and a block after it puts them in
+place; TVM's fusion appends what follows (bias, residual, activation) as further blocks, and :func:`schedule` makes the
+last of them write the output straight from the registers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+TILE, PREPARE = "register_tile", "prepare_operand"
+_FUSES_WHAT_FOLLOWS, _OPAQUE = 4, 8  # of tvm::relax::OpPatternKind
+_LATENCY = 8  # multiply-adds that must be under way to hide their latency: 4 cycles, two per cycle
+_STORE = 4  # steps that writing one vector of results costs
+_UNROLLED = 4  # steps of the reduction in one iteration of its innermost loop
+
+
+@dataclass(frozen=True)
+class Vectors:
+    """The vector registers of a CPU.
+
+    Attributes:
+        lanes: float32 values in one.
+        count: how many there are.
+    """
+
+    lanes: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Size of a tile; ``columns`` is a multiple of the lanes of a vector."""
+
+    rows: int
+    columns: int
+
+
+def vectors(device: str) -> Vectors:
+    """The registers of a device as :func:`edgecompile.targets.tvm.options.device` describes it."""
+    features = device.split()
+    if "avx512f" in features:
+        return Vectors(16, 32)
+    return Vectors(8, 16) if "avx" in features else Vectors(4, 32 if "aarch64" in features else 16)
+
+
+def choose(rows: int, columns: int, depth: int, have: Vectors) -> Shape:
+    """The tile that computes ``rows x columns`` results, each a sum of ``depth`` products, in the fewest steps.
+
+    A step is what one vector unit does in a cycle: a multiply-add, or a load. Results beyond the edge are computed too.
+    """
+
+    def cost(shape: Shape) -> float:
+        wide = shape.columns // have.lanes
+        tiles = math.ceil(rows / shape.rows) * math.ceil(columns / shape.columns)
+        multiply = shape.rows * wide
+        step = max(multiply, shape.rows + wide, _LATENCY) + 0.02 * (shape.rows + wide)
+        return tiles * (depth * step + _STORE * multiply)
+
+    shapes = [
+        Shape(r, wide * have.lanes)
+        for wide in range(1, 9)
+        for r in range(1, min(rows, have.count) + 1)
+        if r * wide + wide + 1 <= have.count
+    ]
+    return min(shapes, key=cost)
+
+
+def attributes(rows: int, columns: int) -> dict[str, int]:
+    """Attributes of a kernel: TVM fuses what follows into it, but for what spreads one row or column over many."""
+    return {"op_pattern": _FUSES_WHAT_FOLLOWS if min(rows, columns) > 1 else _OPAQUE}
+
+
+def padded(extent: int, step: int) -> int:
+    """The smallest multiple of ``step`` that is not below ``extent``."""
+    return -(-extent // step) * step
+
+
+def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
+    """Schedule a kernel that has a block :data:`TILE`.
+
+    The block's result has the axes ``(column tile, row tile, row, column)`` where a row is one of all pixels,
+    ``(batch, column tile, row tile, row, column)`` where it is one of a matrix of a batch, and ``(batch, column tile,
+    height, row tile, row, column)`` where it is one of a line of pixels.
+
+    Args:
+        module: a ``tvm.IRModule`` with the one function ``main``.
+        have: the vector registers.
+        parallel: share the tiles among the threads of the pool.
+
+    Returns:
+        the scheduled module.
+    """
+    from tvm.s_tir import Schedule
+    from tvm.tirx.transform import StmtSimplify
+
+    plan: Any = Schedule(module)
+    names = [plan.get(block).name_hint for block in plan.get_child_blocks(plan.get_sblock("root"))]
+    position = names.index(TILE)
+    for name in names[:position]:
+        if name.startswith(PREPARE):
+            _copy(plan, plan.get_sblock(name), have, parallel=parallel)
+        else:
+            plan.compute_inline(plan.get_sblock(name))
+    for name in names[position + 1 : -1]:
+        plan.compute_inline(plan.get_sblock(name))
+    tile = plan.get_sblock(TILE)
+    extents = [int(extent) for extent in plan.get(tile).writes[0].source.shape]
+    if len(extents) == 4:  # one axis of rows in simplified indices, else what a tile reads is overestimated
+        _flatten(plan, plan.get_sblock(names[-1]))
+        plan = Schedule(StmtSimplify()(plan.mod))
+        tile = plan.get_sblock(TILE)
+    *outer, column = plan.get_loops(plan.get_sblock(names[-1]))
+    lines = [outer[-2]] if len(extents) == 6 else []
+    head, row = outer[: -1 - len(lines)], outer[-1]
+    row_tile, row = plan.split(row, [None, extents[-2]])
+    column_tile, column = plan.split(column, [None, extents[-1]])
+    plan.reorder(*head, column_tile, *lines, row_tile, row, column)
+    plan.compute_at(tile, row_tile, preserve_unit_loops=True)
+    plan.set_scope(tile, 0, "local")
+    if parallel:
+        plan.parallel(plan.fuse(*head, column_tile, *lines, row_tile))
+    first = _in_registers(plan, tile, len(extents), have)
+    wide, lane = plan.split(column, [None, have.lanes])
+    plan.vectorize(lane)
+    plan.unroll(wide)
+    plan.unroll(row)
+    plan.decompose_reduction(tile, first)  # last: what has lost its initialisation can no longer be vectorised
+    return plan.mod
+
+
+def _flatten(plan: Any, block: Any) -> None:
+    """Let a block iterate over all of its axes but the last as one."""
+    from tvm.tirx import IndexMap
+
+    extents = [int(plan.get(loop).extent) for loop in plan.get_loops(block)[:-1]]
+
+    def flat(*index: Any) -> list[Any]:
+        position: Any = 0
+        for i, extent in zip(index[:-1], extents, strict=True):
+            position = position * extent + i
+        return [position, index[-1]]
+
+    if len(extents) > 1:
+        plan.transform_block_layout(block, IndexMap.from_func(flat, ndim=len(extents) + 1))
+
+
+def _in_registers(plan: Any, tile: Any, spatial: int, have: Vectors) -> Any:
+    """Order and unroll the loops of a tile; returns the outermost one of its reduction."""
+    own = plan.get_loops(tile)
+    reductions = sum(int(v.iter_type) == 2 for v in plan.get(tile).iter_vars)
+    own = own[len(own) - spatial - reductions :]
+    row, column, sums = own[spatial - 2], own[spatial - 1], own[spatial:]
+    extent = int(plan.get(sums[-1]).extent)
+    step = max(d for d in range(1, 2 * _UNROLLED) if extent % d == 0)
+    last, inner = plan.split(sums[-1], [None, step])
+    wide, lane = plan.split(column, [None, have.lanes])
+    plan.reorder(*sums[:-1], last, inner, row, wide, lane)
+    plan.vectorize(lane)
+    for loop in (wide, row, inner):
+        plan.unroll(loop)
+    return sums[0] if len(sums) > 1 else last
+
+
+def _copy(plan: Any, block: Any, have: Vectors, *, parallel: bool) -> None:
+    """Schedule a block that only moves data."""
+    *outer, last = plan.get_loops(block)
+    if int(plan.get(last).extent) % have.lanes == 0:
+        plan.vectorize(plan.split(last, [None, have.lanes])[1])
+    if parallel and outer:
+        plan.parallel(plan.fuse(*outer))
