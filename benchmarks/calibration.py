@@ -2,8 +2,9 @@
 
 Usage: python benchmarks/calibration.py [--counts 16,64] [--methods entropy] [--output FILE]
 
-Every figure is that of a child process on one core: peak memory is its maximum resident set (ru_maxrss), the
-interpreter, libraries and weights included; time is its CPU time (user and system, which does not grow when others use
+Every figure is that of a child process on one core: peak memory is its maximum resident set (VmHWM, not ru_maxrss,
+which a process inherits from the one that started it), the interpreter, libraries and weights included; time is its CPU
+time (user and system, which does not grow when others use
 the machine) from loading the model to the ranges. That of `quantize_static` includes quantising the weights and writing
 the model; what that costs shows where lines are drawn through different numbers of images. Its children may take 9 GB
 of address space and ten minutes. Tensors are those that `quantize_static` calibrates; methods are left at their
@@ -85,11 +86,16 @@ def child(request: dict[str, Any]) -> None:
     import onnxruntime  # noqa: F401
 
     arm = {"ours": ours, "theirs": theirs}[request.pop("arm")]
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    before, start = _peak(), time.process_time()
     arm(**request)
     used = time.process_time() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"cpu_s": used, "base_mb": before * 1024 / 1e6, "peak_mb": peak * 1024 / 1e6}))
+    print(json.dumps({"cpu_s": used, "base_mb": before, "peak_mb": _peak()}))
+
+
+def _peak() -> float:
+    """Largest resident set of this process so far, in MB."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def prepare(name: str, folder: str) -> None:

@@ -144,7 +144,6 @@ def test_a_retry_measures_again_at_a_stricter_level(bundles):
     assert found.exit_code == 3
     assert sum(line.endswith("0 pairs, 0 s") for line in said) == 3
     assert kept[0].settings.plan.alpha == pytest.approx(0.01 / 3)
-    assert kept[0].subjects[0].facts.seconds < 3
 
 
 BUDGETS = """
