@@ -159,6 +159,7 @@ def test_a_wrong_fusion_is_refused(tmp_path, monkeypatch):
 # -- the script --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_one_short_pair(tmp_path):
     out = tmp_path / "out.json"
     out.write_text(json.dumps({"scale": "kept"}))
