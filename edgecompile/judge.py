@@ -238,7 +238,7 @@ def _latency(subjects: Sequence[Subject], settings: Settings, collect: Callable[
             last[key] = (*ready[key], found)
         failed = [key for key, (_, _, found) in last.items() if found.verdict == FAIL]
         open_checks = [(s, arm) for s, arm in ready.values() if last[_id(s, arm)][2].verdict is None]
-    unsound = {s.name for s in subjects if _machine_differs(s, plan.alpha / len(subjects))}
+    unsound = {s.name for s in subjects if _machine_differs(s, plan, plan.alpha / len(subjects))}
     checks = [_latency_check(s, arm, found, settings, s.name in unsound) for s, arm, found in last.values()]
     return checks + [
         _too_few(s, arm, settings)
@@ -255,9 +255,15 @@ def _id(subject: Subject, arm: str) -> str:
 _FEWEST_AGAIN = 4  # fewer see next to nothing; only disturbed pairs leave so few
 
 
-def _machine_differs(subject: Subject, alpha: float) -> bool:
+def _machine_differs(subject: Subject, plan: Plan, alpha: float) -> bool:
+    """Whether the baseline differs from itself, for certain and by a quarter of what is allowed, half of a FAIL.
+
+    On a quiet machine a test alone would find differences that no verdict depends on.
+    """
     same = subject.machine_differences()
     if len(same) < _FEWEST_AGAIN or subject.count < 2:
+        return False
+    if abs(sequential.hodges_lehmann(same)) < math.log1p(plan.max_regression / 4):
         return False
     return sequential.aa_differs(same, subject.differences(BASELINE), alpha)
 

@@ -99,6 +99,13 @@ def test_a_machine_on_which_the_baseline_differs_from_itself_is_not_believed():
     assert judged(Machine(again=1.0))["m/latency"].verdict == PASS
 
 
+def test_a_difference_that_no_verdict_depends_on_is_forgiven():
+    quiet = {"scatter": 0.0005, "again": 1.006}  # certain, but a tenth of what is allowed
+    assert judged(Machine(**quiet))["m/latency"].verdict == PASS
+    strict = Settings(Plan(max_regression=0.01))
+    assert judged(Machine(**quiet), settings=strict)["m/latency"].reason_code == "aa_differs"
+
+
 def test_the_baseline_meets_itself_among_the_pairs_not_after_them():
     machine = Machine()
     judged(machine)
