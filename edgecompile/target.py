@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from edgecompile import measure
 from edgecompile.errors import EnvironmentMissing, InputError
 
 if TYPE_CHECKING:
@@ -150,3 +151,31 @@ class Target(ABC):
         Raises:
             EnvironmentMissing: it was built for another device, runtime or version.
         """
+
+
+# -- options as text or typed ------------------------------------------------------------------------------------------
+
+
+def read_threads(value: Any) -> int:
+    """The option ``threads``: ``auto`` (every physical core this process may use) or a whole number from 1.
+
+    Raises:
+        InputError: it is something else.
+    """
+    if str(value) == "auto":
+        return measure.available_cores()
+    if not str(value).isdigit() or int(value) < 1:
+        raise InputError(f"threads={value} is not a number of threads", "give auto or a whole number from 1")
+    return int(value)
+
+
+def read_flag(name: str, value: Any) -> bool:
+    """The option ``name``, which is either true or false.
+
+    Raises:
+        InputError: it is neither.
+    """
+    text = str(value).lower()
+    if text not in ("true", "false", "1", "0", "yes", "no"):
+        raise InputError(f"{name}={value} is neither true nor false")
+    return text in ("true", "1", "yes")

@@ -163,7 +163,7 @@ class Cast(Pass):
 
 def _feeds(graph: Graph, context: Context) -> list[Mapping[str, np.ndarray]]:
     """The inputs to measure on: those of the run, the first of the calibration data, or else random ones."""
-    calibration = getattr(context, "calibration", None)
+    calibration = context.calibration
     data = itertools.islice(calibration.feeds(), _CALIBRATION_FEEDS) if calibration else ()
     return [*context.feeds, *data] or list(oracle.probe_feeds(graph))
 

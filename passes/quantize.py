@@ -96,7 +96,7 @@ class Quantize(Pass):
         if qdq.is_quantized(graph):
             context.note("the graph is quantised already: left as it is")
             return context.result()
-        data = getattr(context, "calibration", None)
+        data = context.calibration
         if data is None:
             raise InputError(
                 "int8 needs calibration data", "none was given", "give images or arrays with --calib, or define "
@@ -201,7 +201,7 @@ class Quantize(Pass):
         found = sensitivity.search(
             graph, rules, ranges, bits, feeds,
             biases=biases, runner=qdq.simulation if rules.signed else qdq.kernels, min_snr=self.min_snr,
-            max_drop=self.max_drop, evaluate=getattr(context, "evaluate", None), seconds=self.seconds,
+            max_drop=self.max_drop, evaluate=context.evaluate, seconds=self.seconds,
             **self._options,
         )  # fmt: skip
         score = "" if found.score is None else f", score {found.score:.4g} of {found.base:.4g}"

@@ -21,7 +21,7 @@ import numpy as np
 
 from edgecompile import measure
 from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError, missing_extra
-from edgecompile.target import Capability, EngineManifest
+from edgecompile.target import Capability, EngineManifest, read_flag, read_threads
 
 ENGINE, ORT_FORMAT = "model.ort.onnx", "model.ort"
 OPTIONS: Mapping[str, tuple[Any, str]] = {
@@ -241,22 +241,8 @@ def parse(ort, given: Mapping[str, Any]) -> Options:
             )
         if dot:
             provider_options.setdefault(provider, {})[key] = str(text)
-    return Options(providers, _threads(value["threads"]), level, _flag(value["ort_format"]), provider_options)
-
-
-def _threads(value: Any) -> int:
-    if str(value) == "auto":
-        return measure.available_cores()
-    if not str(value).isdigit() or int(value) < 1:
-        raise InputError(f"threads={value} is not a number of threads", "give auto or a whole number from 1")
-    return int(value)
-
-
-def _flag(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "false", "1", "0", "yes", "no"):
-        raise InputError(f"ort_format={value} is neither true nor false")
-    return text in ("true", "1", "yes")
+    ort_format = read_flag("ort_format", value["ort_format"])
+    return Options(providers, read_threads(value["threads"]), level, ort_format, provider_options)
 
 
 def _providers(ort, value: Any) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from edgecompile import measure
 from edgecompile.errors import EnvironmentMissing, InputError
+from edgecompile.target import read_flag, read_threads
 
 OPTIONS: Mapping[str, tuple[Any, str]] = {
     "threads": ("auto", "threads of one operator; auto: every physical core this process may use. 1 is timed best"),
@@ -106,7 +107,7 @@ def parse(given: Mapping[str, Any]) -> Options:
             "host": host,
         }
     linker = str(value["linker"]) or (f"{machine}-linux-gnu-gcc" if machine != platform.machine() else "")
-    return Options(_threads(value["threads"]), target, machine, linker, _flag(value["schedules"]))
+    return Options(read_threads(value["threads"]), target, machine, linker, read_flag("schedules", value["schedules"]))
 
 
 def _cpu(machine: str, triple: str, mcpu: str, mattr: str) -> dict[str, Any]:
@@ -148,18 +149,3 @@ def require_linker(chosen: Options) -> None:
         raise EnvironmentMissing(
             f"nothing links a library for {chosen.machine}", f"{names[0]} is not on the path", _LINKERS[chosen.machine]
         )
-
-
-def _threads(value: Any) -> int:
-    if str(value) == "auto":
-        return measure.available_cores()
-    if not str(value).isdigit() or int(value) < 1:
-        raise InputError(f"threads={value} is not a number of threads", "give auto or a whole number from 1")
-    return int(value)
-
-
-def _flag(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "false", "1", "0", "yes", "no"):
-        raise InputError(f"schedules={value} is neither true nor false")
-    return text in ("true", "1", "yes")
