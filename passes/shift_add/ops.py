@@ -1,0 +1,126 @@
+"""The operators of domain ``ai.edgecompile``, each with a body of standard operators: any ONNX runtime executes them.
+
+A runtime that knows an operator runs its own kernel. One that does not inlines the function body; ONNX Runtime then
+folds the decoding of the weights, which depends on constants only, and is left with one MatMul or Conv.
+
+The bodies below are the specification, in the textual form of ONNX. Shapes and packing:
+
+- ``planes``: uint8 ``[bits, rows, ceil(columns / 8)]``; bit j of byte b of plane i is bit i of the code in column
+  ``8 b + j``. Rows are outputs, columns inputs.
+- ``levels``: float32 ``[2^bits]``, the value of each code before scaling, each a sum of at most two powers of two.
+- ``exponents`` of a book: int8 ``[rows, groups]``; a weight is ``levels[code] * 2^exponent``.
+- ``exponents``, ``signs`` of a binary code: int8 ``[bits, rows, groups, terms]``; scale i of a group is the sum of
+  ``sign * 2^exponent`` over its terms, and a weight the sum of its scales, scale i with a plus where bit i is set.
+- ``columns`` (attribute): inputs; ``group`` (attribute): columns that share a scale.
+
+Source: ONNX IR specification, "Functions"; opset 18.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import onnx
+from onnx import parser
+
+DOMAIN = "ai.edgecompile"
+VERSION = 1
+
+_UNPACK = """
+   eight = Constant <value = uint8[8] {0, 1, 2, 3, 4, 5, 6, 7}> ()
+   last = Constant <value_ints = [-1]> ()
+   nothing = Constant <value_ints = [0]> ()
+   one = Constant <value = uint8[1] {1}> ()
+   wide = Unsqueeze (planes, last)
+   moved = BitShift <direction = "RIGHT"> (wide, eight)
+   single = BitwiseAnd (moved, one)
+   row = Constant <value_ints = [0, 0, -1]> ()
+   flat = Reshape (single, row)
+   column_count = Constant <value_int: int = @columns> ()
+   end = Unsqueeze (column_count, nothing)
+   two_axis = Constant <value_ints = [2]> ()
+   bit = Slice (flat, nothing, end, two_axis)
+   zero_scalar = Constant <value_int = 0> ()
+   one_scalar = Constant <value_int = 1> ()
+   column = Range (zero_scalar, column_count, one_scalar)
+   group_size = Constant <value_int: int = @group> ()
+   group_of = Div (column, group_size)
+   two = Constant <value_float = 2.0> ()
+"""
+
+_BOOK = (
+    _UNPACK
+    + """
+   shape = Shape <start = 0, end = 1> (planes)
+   bits = Squeeze (shape)
+   number = Range (zero_scalar, bits, one_scalar)
+   number_float = Cast <to = 1> (number)
+   place = Pow (two, number_float)
+   plane_axes = Constant <value_ints = [1, 2]> ()
+   place_wide = Unsqueeze (place, plane_axes)
+   bit_float = Cast <to = 1> (bit)
+   parts = Mul (bit_float, place_wide)
+   code_float = ReduceSum <keepdims = 0> (parts, nothing)
+   code = Cast <to = 7> (code_float)
+   level = Gather <axis = 0> (levels, code)
+   exponent = Gather <axis = 1> (exponents, group_of)
+   exponent_float = Cast <to = 1> (exponent)
+   scale = Pow (two, exponent_float)
+   weight = Mul (level, scale)
+"""
+)
+
+_BINARY = (
+    _UNPACK
+    + """
+   exponent_float = Cast <to = 1> (exponents)
+   power = Pow (two, exponent_float)
+   sign_float = Cast <to = 1> (signs)
+   term = Mul (power, sign_float)
+   scale = ReduceSum <keepdims = 0> (term, last)
+   scale_wide = Gather <axis = 2> (scale, group_of)
+   bit_float = Cast <to = 1> (bit)
+   twice = Mul (bit_float, two)
+   one_float = Constant <value_float = 1.0> ()
+   plus_minus = Sub (twice, one_float)
+   parts = Mul (plus_minus, scale_wide)
+   weight = ReduceSum <keepdims = 0> (parts, nothing)
+"""
+)
+
+_LINEAR = """
+   turned = Transpose <perm = [1, 0]> (weight)
+   y = MatMul (x, turned)
+"""
+
+_CONV = """
+   pixel_axes = Constant <value_ints = [2, 3]> ()
+   kernel = Unsqueeze (weight, pixel_axes)
+   y = Conv <strides: ints = @strides> (x, kernel)
+"""
+
+# name -> (attributes, inputs, body); every function gives y.
+_FUNCTIONS = {
+    "ShiftLinear": ("columns, group", "x, planes, exponents, levels", _BOOK + _LINEAR),
+    "ShiftConv": ("columns, group, strides", "x, planes, exponents, levels", _BOOK + _CONV),
+    "BinaryCodedLinear": ("columns, group", "x, planes, exponents, signs", _BINARY + _LINEAR),
+    "BinaryCodedConv": ("columns, group, strides", "x, planes, exponents, signs", _BINARY + _CONV),
+}
+NAMES = tuple(_FUNCTIONS)
+
+
+@cache
+def function(name: str) -> onnx.FunctionProto:
+    """The function of an operator.
+
+    - ``ShiftLinear``: x ``[..., columns]`` to y ``[..., rows]``, weights of a book.
+    - ``ShiftConv``: x ``[N, columns, H, W]`` to y ``[N, rows, H', W']`` by a 1x1 kernel; attribute ``strides``.
+    - ``BinaryCodedLinear``, ``BinaryCodedConv``: the same with binary codes.
+
+    Raises:
+        KeyError: there is no such operator.
+    """
+    attributes, inputs, body = _FUNCTIONS[name]
+    return parser.parse_function(
+        f'<opset_import: ["" : 18], domain: "{DOMAIN}">\n{name} <{attributes}> ({inputs}) => (y) {{{body}}}'
+    )
