@@ -8,12 +8,11 @@ Nothing is imported before it is asked for. A package adds a pass or a target in
 
 from __future__ import annotations
 
-import difflib
 import importlib
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
-from edgecompile.errors import InputError
+from edgecompile.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from edgecompile.pipeline import Pass
@@ -24,6 +23,7 @@ PASSES = {
     "fold_norm": "edgecompile.passes.fold_norm:FoldNorm",
     "reparam": "edgecompile.passes.reparam:Reparam",
     "cast": "edgecompile.passes.cast:Cast",
+    "shift_add": "edgecompile.passes.shift_add:ShiftAdd",
     "quantize": "edgecompile.passes.quantize:Quantize",
     "legalize": "edgecompile.passes.legalize:Legalize",
 }
@@ -73,10 +73,9 @@ def _table(kind: str, builtin: dict[str, str]) -> dict[str, str]:
 
 def _load(kind: str, name: str, table: dict[str, str]):
     if name not in table:
-        close = difflib.get_close_matches(name, table, 1)
         raise InputError(
             f"no {kind} is called {name!r}",
-            f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(table)}",
+            did_you_mean(name, table) or f"there are: {', '.join(table)}",
             f"`edgecompile {'passes' if kind == 'pass' else 'doctor'}` lists them",
         )
     module, _, attribute = table[name].partition(":")

@@ -13,7 +13,7 @@ The bodies below are the specification, in the textual form of ONNX. Shapes and 
   ``sign * 2^exponent`` over its terms, and a weight the sum of its scales, scale i with a plus where bit i is set.
 - ``columns`` (attribute): inputs; ``group`` (attribute): columns that share a scale.
 
-Source: ONNX IR specification, "Functions"; opset 18.
+Source: ONNX IR specification, "Functions". The standard operators are used as they are since opset 13.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from __future__ import annotations
 from functools import cache
 
 import onnx
-from onnx import parser
+from onnx import helper, parser
+
+from edgecompile.graph import Graph
 
 DOMAIN = "ai.edgecompile"
 VERSION = 1
+_FUNCTIONS_SINCE = 8  # the IR version of ONNX 1.10
+OPSET = 13  # the oldest of the standard domain that the bodies are valid in
 
 _UNPACK = """
    eight = Constant <value = uint8[8] {0, 1, 2, 3, 4, 5, 6, 7}> ()
    last = Constant <value_ints = [-1]> ()
    nothing = Constant <value_ints = [0]> ()
-   one = Constant <value = uint8[1] {1}> ()
+   binary = Constant <value = uint8[1] {2}> ()
    wide = Unsqueeze (planes, last)
    moved = BitShift <direction = "RIGHT"> (wide, eight)
-   single = BitwiseAnd (moved, one)
+   single = Mod (moved, binary)
    row = Constant <value_ints = [0, 0, -1]> ()
    flat = Reshape (single, row)
    column_count = Constant <value_int: int = @columns> ()
@@ -51,8 +55,8 @@ _UNPACK = """
 _BOOK = (
     _UNPACK
     + """
-   shape = Shape <start = 0, end = 1> (planes)
-   bits = Squeeze (shape)
+   shape = Shape (planes)
+   bits = Gather (shape, zero_scalar)
    number = Range (zero_scalar, bits, one_scalar)
    number_float = Cast <to = 1> (number)
    place = Pow (two, number_float)
@@ -110,8 +114,8 @@ NAMES = tuple(_FUNCTIONS)
 
 
 @cache
-def function(name: str) -> onnx.FunctionProto:
-    """The function of an operator.
+def function(name: str, opset: int) -> onnx.FunctionProto:
+    """The function of an operator, for a model of this opset: ONNX wants the same in both.
 
     - ``ShiftLinear``: x ``[..., columns]`` to y ``[..., rows]``, weights of a book.
     - ``ShiftConv``: x ``[N, columns, H, W]`` to y ``[N, rows, H', W']`` by a 1x1 kernel; attribute ``strides``.
@@ -122,5 +126,19 @@ def function(name: str) -> onnx.FunctionProto:
     """
     attributes, inputs, body = _FUNCTIONS[name]
     return parser.parse_function(
-        f'<opset_import: ["" : 18], domain: "{DOMAIN}">\n{name} <{attributes}> ({inputs}) => (y) {{{body}}}'
+        f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n{name} <{attributes}> ({inputs}) => (y) {{{body}}}'
     )
+
+
+def declare(graph: Graph, name: str) -> None:
+    """Give a graph the function of an operator, once, and what a model with functions must say.
+
+    Args:
+        graph: of opset 13 or newer.
+        name: one of :data:`NAMES`.
+    """
+    if DOMAIN not in graph.opsets:
+        graph.import_domains = [*graph.import_domains, helper.make_opsetid(DOMAIN, VERSION)]
+    if not any(f.domain == DOMAIN and f.name == name for f in graph.function_protos):
+        graph.function_protos = [*graph.function_protos, function(name, graph.opsets[""])]
+    graph.ir_version = max(graph.ir_version, _FUNCTIONS_SINCE)

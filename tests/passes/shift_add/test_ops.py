@@ -14,7 +14,7 @@ from edgecompile.passes.shift_add import codes, ops
 CASES = [(kind, bits, group) for kind, widths in codes.WIDTHS.items() for bits in widths for group in (0, 8, 7)]
 
 
-def model(coded: codes.Coded, x: np.ndarray, *, conv: bool, rows: int, strides=(1, 1)) -> onnx.ModelProto:
+def model(coded: codes.Coded, x: np.ndarray, *, conv: bool, rows: int, strides=(1, 1), opset=18) -> onnx.ModelProto:
     name = ("BinaryCoded" if coded.kind == "binary" else "Shift") + ("Conv" if conv else "Linear")
     third = coded.signs if coded.signs is not None else codes.book(coded.kind, coded.bits)
     weights = {"planes": codes.pack(coded.codes, coded.bits), "exponents": coded.exponents, "third": third}
@@ -30,8 +30,8 @@ def model(coded: codes.Coded, x: np.ndarray, *, conv: bool, rows: int, strides=(
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, shape)],
         [numpy_helper.from_array(v, n) for n, v in weights.items()],
     )
-    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(ops.DOMAIN, ops.VERSION)]
-    return helper.make_model(graph, opset_imports=opsets, functions=[ops.function(name)], ir_version=9)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid(ops.DOMAIN, ops.VERSION)]
+    return helper.make_model(graph, opset_imports=opsets, functions=[ops.function(name, opset)], ir_version=9)
 
 
 def run(proto: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
@@ -52,6 +52,18 @@ def test_the_body_decodes_what_was_packed(kind, bits, group):
     image = rng.standard_normal((2, 45, 6, 5)).astype(np.float32)
     found = run(model(coded, image, conv=True, rows=30, strides=(2, 1)), image)
     np.testing.assert_allclose(found, np.einsum("oc,nchw->nohw", coded.decode(), image[:, :, ::2]), atol=1e-4)
+
+
+@pytest.mark.parametrize("opset", [ops.OPSET, 17, 20, 23])
+@pytest.mark.parametrize("kind", ["pot", "binary"])
+def test_the_bodies_are_valid_in_every_opset_since_theirs(opset, kind):
+    coded = codes.encode(np.random.default_rng(4).standard_normal((6, 9)).astype(np.float32), kind, 4)
+    x = np.eye(9, dtype=np.float32)
+    proto = model(coded, x, conv=False, rows=6, opset=opset)
+    onnx.checker.check_model(proto, full_check=True)
+    assert np.array_equal(run(proto, x).T, coded.decode())
+    with pytest.raises(onnx.checker.ValidationError):
+        onnx.checker.check_model(model(coded, x, conv=False, rows=6, opset=11), full_check=True)
 
 
 def test_other_codes_give_another_answer():
