@@ -21,14 +21,18 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
+from edgecompile.errors import missing_extra
 from edgecompile.graph import Graph, provenance
 from edgecompile.oracle import OutputError
 from edgecompile.passes.shift_add import codes, layers, ops
 from edgecompile.pipeline import Context, Pass, PassResult
+
+if TYPE_CHECKING:
+    from edgecompile.torch_graph import TorchGraph
 
 _SAMPLES = 64  # of the calibration data that X^T X is summed over
 
@@ -146,3 +150,17 @@ class ShiftAdd(Pass):
         if used > budget:
             context.note(f"size={self.size:g} cannot be kept: the fewest bits take {used / budget * self.size:.3f}")
         return [widths[bits] for widths, bits in zip(tried, chosen, strict=True)]
+
+
+def to_torch(graph: Graph) -> TorchGraph:
+    """The torch module of a rewritten graph, for fine-tuning; see :func:`.trainable.to_torch`.
+
+    Raises:
+        EnvironmentMissing: torch is not installed.
+        InputError: an operator of the graph is none that torch computes here.
+    """
+    try:
+        from edgecompile.passes.shift_add import trainable
+    except ImportError:
+        raise missing_extra("cannot make a torch module of the graph", "torch", "torch") from None
+    return trainable.to_torch(graph)

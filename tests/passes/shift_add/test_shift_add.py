@@ -33,8 +33,10 @@ def graph_of(text: str, opset: int = 17, **weights: np.ndarray) -> Graph:
 
 
 def net(opset: int = 17) -> Graph:
+    rng = np.random.default_rng(1)
+
     def normal(*shape):
-        return RNG.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
+        return rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))
 
     return graph_of(
         NET, opset, w=normal(24, 16, 1, 1), b=normal(24, 1)[:, 0], v=normal(20, 24, 1, 1), k=normal(20, 20, 3, 3),
