@@ -28,10 +28,10 @@ from edgecompile.graph import Graph, where
 
 
 class Layer(Protocol):
-    """An operator with a state of its own, an ``nn.Module`` that maps the node's first input to its output."""
+    """An operator of another domain, an ``nn.Module``; it has read the node's constant inputs when it is called."""
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The node's output."""
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """The node's output, given its inputs that are not constant."""
         ...
 
     def store(self, graph: Graph, node: gs.Node) -> None:
@@ -70,10 +70,12 @@ class TorchGraph(nn.Module):
             raise InputError("the graph cannot be trained", f"torch does not compute here: {listed}")
         self._keys: dict[int, str] = {}
         self._values: dict[int, Any] = {}
+        self._variable: dict[str, list[Any]] = {}
         self.layers = nn.ModuleDict()
         for node in self._graph.nodes:
             if reader := layers.get((node.domain or "", node.op)):
                 self.layers[_key(node.name)] = reader(self._graph, node)  # type: ignore[assignment]
+                self._variable[_key(node.name)] = [t for t in node.inputs if self._graph.constant(t) is None]
                 continue
             for position, tensor in enumerate(node.inputs):
                 if (values := self._graph.constant(tensor)) is not None and id(tensor) not in self._keys:
@@ -121,7 +123,7 @@ class TorchGraph(nn.Module):
 
         for node in self._graph.nodes:
             if _key(node.name) in self.layers:
-                found = self.layers[_key(node.name)](value(node.inputs[0]))
+                found = self.layers[_key(node.name)](*map(value, self._variable[_key(node.name)]))
             else:
                 found = OPS[node.op](node, *map(value, node.inputs))
             if len(node.outputs) == 1 and not isinstance(found, (list, tuple)):

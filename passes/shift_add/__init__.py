@@ -1,11 +1,14 @@
-"""Shift-add: linear layers whose weights are sums of powers of two, so that a product is a few shifts and additions.
+"""Shift-add: products become shifts and additions, in linear layers and, where asked for, in attention.
 
-1. *Layers.* Linear layers and 1x1 convolutions with constant weights (:mod:`~edgecompile.passes.shift_add.layers`).
-2. *Codes.* Each weight becomes 2 to 8 bits (:mod:`~edgecompile.passes.shift_add.codes`). With calibration data, the
+1. *Attention*, with ``attention=angular`` or ``hamming``: queries and keys become binary
+   (:mod:`~edgecompile.passes.shift_add.attention`). That is another function; it needs training.
+2. *Layers.* Linear layers and 1x1 convolutions with constant weights (:mod:`~edgecompile.passes.shift_add.layers`).
+3. *Codes.* Each weight becomes 2 to 8 bits (:mod:`~edgecompile.passes.shift_add.codes`). Weights that were trained as
+   powers of two keep their values. With calibration data, the
    error of the outputs guides the codes: ``|X W^T - X Q^T|^2``, which needs ``X^T X`` only.
-3. *Bits.* One width for all layers, or, under a budget of bytes, the widths that leave the least sum of the layers'
+4. *Bits.* One width for all layers, or, under a budget of bytes, the widths that leave the least sum of the layers'
    relative output errors (:func:`~edgecompile.passes.shift_add.codes.allocate`).
-4. *Operators.* Each becomes an operator of domain ``ai.edgecompile`` with a body of standard operators
+5. *Operators.* Each becomes an operator of domain ``ai.edgecompile`` with a body of standard operators
    (:mod:`~edgecompile.passes.shift_add.ops`), so that every runtime runs the graph.
 
 What it gains is storage: an eighth of float32 at 4 bits. A runtime without a kernel for the operators decodes the
@@ -19,16 +22,17 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+import onnx_graphsurgeon as gs
 
-from edgecompile.errors import missing_extra
+from edgecompile.errors import InputError, missing_extra
 from edgecompile.graph import Graph, provenance
-from edgecompile.oracle import OutputError
-from edgecompile.passes.shift_add import codes, layers, ops
+from edgecompile.oracle import Feeds, OutputError
+from edgecompile.passes.shift_add import attention, codes, layers, ops
 from edgecompile.pipeline import Context, Pass, PassResult
 
 if TYPE_CHECKING:
@@ -42,6 +46,9 @@ class ShiftAdd(Pass):
     """Linear layers and 1x1 convolutions with weights of a few bits that are sums of powers of two.
 
     Attributes:
+        attention: form that softmax attention takes: ``angular`` (linear in the tokens), ``hamming`` or empty: none.
+        threshold: what queries and keys are compared with to become binary: ``fixed``, ``image`` or ``batch``.
+        linear: code linear layers and 1x1 convolutions.
         code: ``pot`` (one power of two), ``sp2`` (two of them) or ``binary`` (signs times shifted scales).
         bits: of one weight; 0 to choose them per layer under ``size``.
         size: bytes of the coded weights, over their bytes in floating point; with ``bits=0``.
@@ -54,6 +61,9 @@ class ShiftAdd(Pass):
 
     name: ClassVar[str] = "shift_add"
     exact: ClassVar[bool] = False
+    attention: str = ""
+    threshold: str = "fixed"
+    linear: bool = True
     code: str = "binary"
     bits: int = 4
     size: float = 0.125
@@ -65,6 +75,10 @@ class ShiftAdd(Pass):
     def __post_init__(self) -> None:
         if self.code not in codes.WIDTHS:
             raise ValueError(f"code is {self.code!r}; it may be {', '.join(codes.WIDTHS)}")
+        if self.attention not in ("", *attention.FORMS):
+            raise ValueError(f"attention is {self.attention!r}; it may be {' or '.join(attention.FORMS)}")
+        if self.threshold not in attention.THRESHOLDS:
+            raise ValueError(f"threshold is {self.threshold!r}; it may be {', '.join(attention.THRESHOLDS)}")
         if self.bits not in (0, *codes.WIDTHS[self.code]):
             widths = ", ".join(map(str, codes.WIDTHS[self.code]))
             raise ValueError(f"bits is {self.bits}; {self.code} has {widths}, or 0 to choose per layer")
@@ -77,26 +91,57 @@ class ShiftAdd(Pass):
         """Rewrite ``graph`` in place.
 
         Raises:
-            InputError: the graph does not run on the calibration data.
+            InputError: the graph does not run on the calibration data, or there is none and attention is to change.
         """
         if graph.opsets[""] < ops.OPSET:
             context.note(f"opset {graph.opsets['']} is older than {ops.OPSET}: left as it is")
             return context.result()
         graph.tidy()
         graph.infer_shapes()
-        found = [layer for layer in layers.find(graph) if not self._skipped(layer)]
+        feeds = []
+        if context.calibration is not None:
+            feeds = list(itertools.islice(context.calibration.feeds(), _SAMPLES))
+        if self.attention:
+            self._rewrite_attention(graph, feeds, context)
+        if self.linear:
+            self._code_layers(graph, feeds, context)
+        return context.result()
+
+    def _rewrite_attention(self, graph: Graph, feeds: Sequence[Feeds], context: Context) -> None:
+        if not feeds:
+            raise InputError(
+                "binary attention needs calibration data", "its thresholds and scales are means over it",
+                "give images or arrays with --calib",
+            )  # fmt: skip
+        found = []
+        for one in attention.find(graph):
+            if isinstance(one, attention.Skipped):
+                context.note(f"attention left alone: {one.why}", one.node)
+            elif self.attention == "angular" and one.biases:
+                context.note("attention left alone: the angular form has no place for its bias or mask", one.nodes[0])
+            elif not self._skipped(one.nodes[0]):
+                found.append(one)
+        if not found:
+            context.note("no attention to rewrite")
+            return
+        if self.threshold == "batch":
+            context.note("threshold=batch: what is computed for an image depends on its companions in the batch")
+        for one, known in zip(found, attention.statistics(graph, found, feeds), strict=True):
+            if context.rewrite(f"softmax attention -> {self.attention}, binary queries and keys", one.nodes[0]):
+                attention.write(graph, one, self.attention, self.threshold, known)
+        graph.tidy()
+        graph.infer_shapes()
+
+    def _code_layers(self, graph: Graph, feeds: Sequence[Feeds], context: Context) -> None:
+        found = [layer for layer in layers.find(graph) if not self._skipped(layer.node)]
         if not found:
             context.note("no linear layer or 1x1 convolution with constant weights")
-            return context.result()
-        grams: Mapping[str, np.ndarray] = {}
-        if context.calibration is None:
+            return
+        if not feeds:
             context.note("without calibration data the error of the weights is all that guides their codes")
-        else:
-            feeds = list(itertools.islice(context.calibration.feeds(), _SAMPLES))
-            grams = layers.grams(graph, found, feeds)
-        coded = self._coded(found, grams, context)
+        grams = layers.grams(graph, found, feeds) if feeds else {}
         before, after = 0, 0
-        for layer, one in zip(found, coded, strict=True):
+        for layer, one in zip(found, self._coded(found, grams, context), strict=True):
             error, energy = layers.output_error(layer.weight, one.decode(), self._gram(layer, grams))
             snr = 10 * math.log10(energy / error) if energy and error else math.inf
             text = f"{layer.node.op} -> {one.kind} codes of {one.bits} bits, {snr:.1f} dB"
@@ -106,7 +151,6 @@ class ShiftAdd(Pass):
         graph.tidy()
         if before:
             context.note(f"{before:,} bytes of weights became {after:,} ({after / before:.3f})")
-        return context.result()
 
     def reject(self, errors: Mapping[str, OutputError], rounding: Mapping[str, float]) -> str:
         """Why the outputs are not acceptable: not finite, or below ``min_snr``."""
@@ -117,9 +161,9 @@ class ShiftAdd(Pass):
                 return f"output {name!r} has {error.snr_db:.1f} dB, {self.min_snr:g} are asked for"
         return ""
 
-    def _skipped(self, layer: layers.Layer) -> bool:
+    def _skipped(self, node: gs.Node) -> bool:
         globs = [s.strip() for s in self.skip.split(",") if s.strip()]
-        names = [layer.node.name, layer.node.op, *provenance(layer.node).modules]
+        names = [node.name, node.op, *provenance(node).modules]
         return any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names)
 
     def _gram(self, layer: layers.Layer, grams: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -134,9 +178,13 @@ class ShiftAdd(Pass):
             share = self.output_share
             return codes.encode(layer.weight, self.code, bits, group=self.group, gram=gram, output_share=share)
 
+        known = [codes.exact(layer.weight) for layer in found]
         if self.bits:
-            return [encode(layer, self.bits) for layer in found]
-        tried = [{bits: encode(layer, bits) for bits in codes.WIDTHS[self.code]} for layer in found]
+            return [one or encode(layer, self.bits) for layer, one in zip(found, known, strict=True)]
+        tried = [
+            {one.bits: one} if one else {bits: encode(layer, bits) for bits in codes.WIDTHS[self.code]}
+            for layer, one in zip(found, known, strict=True)
+        ]
         choices = []
         for layer, widths in zip(found, tried, strict=True):
             row = {}

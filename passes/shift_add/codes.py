@@ -169,6 +169,25 @@ def encode(
     return Coded(kind, bits, codes, np.stack(exponents, 1), None, group)
 
 
+def exact(weight: np.ndarray) -> Coded | None:
+    """The codes of a matrix whose weights are powers of two or zero already, in the fewest bits; None for any other.
+
+    This is what a layer trained with shifts has. The weights come back bit for bit.
+    """
+    fraction, exponent = np.frexp(np.abs(weight[weight != 0]))
+    if not exponent.size or (fraction != 0.5).any():
+        return None
+    # The largest level of the book is 1.
+    largest = np.where((weight != 0).any(1), np.frexp(np.abs(weight).max(1))[1] - 1, 0)
+    for bits in WIDTHS["pot"]:
+        levels = np.ldexp(book("pot", bits).astype(np.float64), largest[:, None])
+        codes = _nearest(weight.astype(np.float64), levels)
+        coded = Coded("pot", bits, codes, largest[:, None].astype(np.int8), None, weight.shape[1])
+        if np.array_equal(coded.decode(), weight):
+            return coded
+    return None
+
+
 def allocate(choices: Sequence[Mapping[Key, tuple[float, float]]], budget: float) -> list[Key]:
     """One choice for each layer, so that the costs sum to at most ``budget`` and the errors to about the least.
 

@@ -103,13 +103,55 @@ _CONV = """
    y = Conv <strides: ints = @strides> (x, kernel)
 """
 
+_LENGTH = """
+   {x}_square = Mul ({x}, {x})
+   {x}_sum = ReduceSum ({x}_square, last)
+   {x}_length = Sqrt ({x}_sum)
+"""
+
+_BINARIZE = f"""
+   last = Constant <value_ints = [-1]> ()
+   {_LENGTH.format(x="q")}
+   {_LENGTH.format(x="k")}
+   q_unit = Div (q, q_length)
+   k_unit = Div (k, k_length)
+   q_above = Greater (q_unit, q_threshold)
+   k_above = Greater (k_unit, k_threshold)
+   q_binary = Cast <to = 1> (q_above)
+   k_binary = Cast <to = 1> (k_above)
+   k_turned = Transpose <perm: ints = @turn> (k_binary)
+"""
+
+_ANGULAR = f"""
+   gathered = MatMul (k_turned, v)
+   near = MatMul (q_binary, gathered)
+   inverse_pi = Constant <value_float = 0.31830987> ()
+   half = Constant <value_float = 0.5> ()
+   near_part = Mul (near, inverse_pi)
+   own_part = Mul (v, half)
+   raw = Add (own_part, near_part)
+   {_LENGTH.format(x="raw")}
+   y = Div (raw, raw_length)
+"""
+
+_HAMMING = """
+   common = MatMul (q_binary, k_turned)
+   scaled = Mul (common, scale)
+   score = Add (scaled, bias)
+   share = Softmax <axis = -1> (score)
+   y = MatMul (share, v)
+"""
+
 # name -> (attributes, inputs, body); every function gives y.
 _FUNCTIONS = {
     "ShiftLinear": ("columns, group", "x, planes, exponents, levels", _BOOK + _LINEAR),
     "ShiftConv": ("columns, group, strides", "x, planes, exponents, levels", _BOOK + _CONV),
     "BinaryCodedLinear": ("columns, group", "x, planes, exponents, signs", _BINARY + _LINEAR),
     "BinaryCodedConv": ("columns, group, strides", "x, planes, exponents, signs", _BINARY + _CONV),
+    "BinaryAngularAttention": ("turn", "q, k, v, q_threshold, k_threshold", _BINARIZE + _ANGULAR),
+    "BinarySoftmaxAttention": ("turn", "q, k, v, q_threshold, k_threshold, scale, bias", _BINARIZE + _HAMMING),
 }
+CODED = ("ShiftLinear", "ShiftConv", "BinaryCodedLinear", "BinaryCodedConv")
 NAMES = tuple(_FUNCTIONS)
 
 
@@ -120,6 +162,13 @@ def function(name: str, opset: int) -> onnx.FunctionProto:
     - ``ShiftLinear``: x ``[..., columns]`` to y ``[..., rows]``, weights of a book.
     - ``ShiftConv``: x ``[N, columns, H, W]`` to y ``[N, rows, H', W']`` by a 1x1 kernel; attribute ``strides``.
     - ``BinaryCodedLinear``, ``BinaryCodedConv``: the same with binary codes.
+    - ``BinaryAngularAttention``: q, k ``[..., N, d]`` and v ``[..., N, e]`` to y ``[..., N, e]``. With ``b(x)`` 1 where
+      ``x / |x|`` along the last axis exceeds the threshold and 0 elsewhere, ``r = v / 2 + b(q) (b(k)^T v) / pi`` and
+      ``y = r / |r|``. The products with b are additions. The thresholds broadcast against q and k.
+    - ``BinarySoftmaxAttention``: ``y = softmax(scale b(q) b(k)^T + bias) v``; the product of the two is a count of
+      common ones.
+
+    The attribute ``turn`` of both exchanges the last two axes: ``[0, 2, 1]`` or ``[0, 1, 3, 2]``.
 
     Raises:
         KeyError: there is no such operator.

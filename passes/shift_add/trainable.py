@@ -1,4 +1,4 @@
-"""Fine-tuning of coded layers: the same operators as torch modules with a straight-through estimator.
+"""Fine-tuning: the operators of the pass as torch modules with a straight-through estimator.
 
 A layer keeps a float weight W beside its codes. Forward it computes with the level nearest to each weight, ``Q(W)``;
 backward it passes the gradient of ``Q(W)`` to W unchanged. The levels, which are the scales of the codes, stay as they
@@ -9,6 +9,8 @@ by Elhoushi et al., DeepShift, CVPR Workshops 2021, section 4.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -66,6 +68,48 @@ class CodedLayer(nn.Module):
         node.inputs[1] = gs.Constant(old.name, codes.pack(found, self.bits))
 
 
+class BinaryAttention(nn.Module):
+    """Attention with binary queries and keys.
+
+    Backward, ``b(x)`` has the gradient of the normalised x clamped to [0, 1], as in the authors' code.
+
+    Args:
+        graph: holds the constants of ``node``.
+        node: one of the operators of :mod:`~edgecompile.passes.shift_add.ops` for attention.
+    """
+
+    def __init__(self, graph: Graph, node: gs.Node):
+        super().__init__()
+        self.angular, self.known = node.op == "BinaryAngularAttention", set()
+        for position, tensor in enumerate(node.inputs):
+            if (values := graph.constant(tensor)) is not None:
+                self.register_buffer(f"input{position}", torch.from_numpy(np.array(values)))
+                self.known.add(position)
+        self.count = len(node.inputs)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Apply the attention to the inputs that are not constant."""
+        rest = iter(inputs)
+        q, k, v, q_least, k_least, *others = [
+            getattr(self, f"input{i}") if i in self.known else next(rest) for i in range(self.count)
+        ]
+        q, k = _binary(q, q_least), _binary(k, k_least)
+        if self.angular:
+            y = 0.5 * v + (q @ (k.mT @ v)) / math.pi
+            return y / y.square().sum(-1, keepdim=True).sqrt()
+        scale, bias = others
+        return (q @ k.mT * scale + bias).softmax(-1) @ v
+
+    def store(self, graph: Graph, node: gs.Node) -> None:
+        """Nothing: it has no weights."""
+
+
+def _binary(x: Tensor, least: Tensor) -> Tensor:
+    unit = x / x.square().sum(-1, keepdim=True).sqrt()
+    clipped = unit.clamp(0, 1)
+    return (unit > least).to(x.dtype).detach() + clipped - clipped.detach()
+
+
 def read(graph: Graph, node: gs.Node) -> codes.Coded:
     """The codes of an operator with a matrix of weights."""
     planes, exponents, third = (np.asarray(graph.constant(t)) for t in node.inputs[1:4])
@@ -92,4 +136,6 @@ def to_torch(graph: Graph) -> TorchGraph:
     Raises:
         InputError: an operator of the graph is none that torch computes here.
     """
-    return TorchGraph(graph, {(ops.DOMAIN, name): CodedLayer for name in ops.NAMES})
+    return TorchGraph(
+        graph, {(ops.DOMAIN, name): CodedLayer if name in ops.CODED else BinaryAttention for name in ops.NAMES}
+    )

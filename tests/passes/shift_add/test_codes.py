@@ -72,6 +72,20 @@ def test_what_a_code_can_hold_is_held_exactly():
     assert not np.array_equal(codes.encode(exact * 1.1, "pot", 4).decode(), exact * 1.1)
 
 
+@pytest.mark.parametrize(("shifts", "bits"), [(1, 2), (3, 3), (7, 4), (15, 8)])
+def test_weights_trained_as_shifts_are_recognised_and_kept_bit_for_bit(shifts, bits):
+    rng = np.random.default_rng(11)
+    weight = (rng.choice([-1, 0, 1], (9, 40)) * 2.0 ** -rng.integers(0, shifts, (9, 40))).astype(np.float32)
+    weight[:, 0], weight[2] = 1, 0
+    coded = codes.exact(weight)
+    assert coded is not None
+    assert coded.bits == bits
+    assert np.array_equal(coded.decode(), weight)
+    weight[3, 3] = 0.75
+    assert codes.exact(weight) is None
+    assert codes.exact(np.zeros((2, 3), np.float32)) is None
+
+
 @pytest.mark.parametrize("kind", ["pot", "sp2"])
 def test_every_weight_takes_the_nearest_level(kind):
     values = weights(3)

@@ -1,0 +1,277 @@
+"""Attention found in a graph, and its binary forms.
+
+``Y = softmax(s Q K^T + B) V`` is found from its Softmax: back through factors that are one number and added biases to
+the product of queries and keys, forward to the product with the values. Both orders are read, ``P V`` of tokens
+``[..., N, d]`` and ``V P^T`` of ``[..., d, N]``, and the operator ``Attention``.
+
+Two forms replace it. With ``b(x)`` in {0, 1}, 1 where ``x / |x|`` exceeds a threshold:
+
+- *angular*: ``R = V / 2 + b(Q) (b(K)^T V) / pi``, ``Y = c R / |R|``: linear in the tokens, and additions only. A factor
+  c for each head, the root mean square length of what the softmax gave on calibration data, keeps the scale. There is
+  no place for a bias or mask of pairs of tokens.
+- *hamming*: ``Y = softmax(s' b(Q) b(K)^T + B) V``, where s' gives the scores the spread they had.
+
+*Thresholds.* The authors compare with the mean of the normalised tensor over the whole batch, so that an image's result
+depends on its companions. Here it is ``fixed`` (the mean over calibration data, a constant) or ``image`` (the mean over
+the image at hand); both leave a batch independent. ``batch`` is the authors'.
+
+Neither form computes what the softmax computed. They are for networks trained with them, or fine-tuned afterwards.
+
+Sources: You et al., ShiftAddViT, NeurIPS 2023, section 4.1; You et al., Castling-ViT, CVPR 2023, section 3.2.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from edgecompile import sensitivity
+from edgecompile.graph import Graph, Tensor
+from edgecompile.oracle import Feeds
+from edgecompile.passes.shift_add import ops
+
+FORMS = ("angular", "hamming")
+THRESHOLDS = ("fixed", "image", "batch")
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """One softmax attention.
+
+    Attributes:
+        nodes: the nodes that compute it, the first being the product of queries and keys.
+        q, k, v: ``[..., N, d]``, or with the last two axes exchanged where ``turned`` says so.
+        turned: for q, k and v, whether the last two axes are exchanged.
+        scale: factor of the scores.
+        biases: what is added to the scores.
+        scores: the scores, ``[..., N, N]``, as the Softmax reads them.
+        result: what it computes.
+        result_turned: whether that is ``[..., d, N]``.
+    """
+
+    nodes: tuple[gs.Node, ...]
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    turned: tuple[bool, bool, bool]
+    scale: float
+    biases: tuple[Tensor, ...]
+    scores: Tensor
+    result: Tensor
+    result_turned: bool
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """An attention that is left alone."""
+
+    node: gs.Node
+    why: str
+
+
+def find(graph: Graph) -> Iterator[Attention | Skipped]:
+    """The attentions of a graph with inferred shapes."""
+    for node in graph.nodes:
+        if node.op == "Softmax" and not node.domain:
+            found = _from_softmax(graph, node)
+            if found is not None:
+                yield found
+
+
+def _from_softmax(graph: Graph, softmax: gs.Node) -> Attention | Skipped | None:
+    """The attention around a Softmax; None if it normalises something else than products of two activations."""
+    scores, nodes = softmax.inputs[0], [softmax]
+    rank = len(scores.shape or ())
+    biases, scale, tensor = [], 1.0, scores
+    while (before := graph.producer(tensor)) is not None and before.op in ("Add", "Mul", "Div"):
+        # Of two operands, the scores are those that lead to a product.
+        a, b = before.inputs
+        if before.op == "Add":
+            inner, other = (a, b) if _leads_to_product(graph, a) else (b, a)
+            if not _leads_to_product(graph, inner):
+                return None
+            if scale != 1.0:
+                return Skipped(softmax, "its biases are scaled after they are added")
+            biases.append(other)
+        else:
+            inner, other = (a, b) if graph.constant(b) is not None else (b, a)
+            factor = graph.constant(other)
+            if factor is None or factor.size != 1 or (before.op == "Div" and other is a):
+                return None
+            scale *= float(factor) if before.op == "Mul" else 1 / float(factor)
+        nodes.append(before)
+        tensor = inner
+    product = graph.producer(tensor)
+    if product is not None and product.op == "Reshape" and _is_product(graph, graph.producer(product.inputs[0])):
+        return Skipped(softmax, "its mask is added in another shape than that of the scores")
+    if product is None or not _is_product(graph, product):
+        return None
+    nodes.append(product)
+    if rank not in (3, 4):
+        return Skipped(softmax, f"its scores have {rank} axes")
+    if softmax.attrs.get("axis", -1) not in (-1, rank - 1):
+        return Skipped(softmax, "it normalises over the queries")
+    q, q_turned = _unturned(graph, product.inputs[0], False)
+    k, k_turned = _unturned(graph, product.inputs[1], True)
+    end = graph.sole_consumer(softmax.outputs[0])
+    exchanged = False
+    if end is not None and end.op == "Transpose" and _exchanges(end):
+        nodes.append(end)
+        exchanged, end = True, graph.sole_consumer(end.outputs[0])
+    if end is None or end.op != "MatMul":
+        return Skipped(softmax, "its result is not multiplied by values alone")
+    nodes.append(end)
+    place = 0 if any(t is end.inputs[0] for n in nodes[:-1] for t in n.outputs) else 1
+    if (place == 0) == exchanged:
+        return Skipped(softmax, "the values are multiplied along the queries")
+    for inner in nodes[1:]:
+        if inner is not end and (graph.is_output(inner.outputs[0]) or len(inner.outputs[0].outputs) != 1):
+            return Skipped(softmax, "its scores are used elsewhere too")
+    turned = (q_turned, k_turned, exchanged)
+    v = end.inputs[1 - place]
+    shapes = [_tokens_first(t, flag) for t, flag in zip((q, k, v), turned, strict=True)]
+    if any(s is None for s in shapes) or len({tuple(s[:-2]) for s in shapes if s}) != 1:
+        return Skipped(softmax, "queries, keys and values differ in their batch or heads")
+    return Attention(
+        tuple(reversed(nodes)), q, k, v, turned, scale, tuple(biases), scores, end.outputs[0], exchanged
+    )  # fmt: skip
+
+
+def _leads_to_product(graph: Graph, tensor: Tensor) -> bool:
+    node = graph.producer(tensor)
+    while node is not None and node.op in ("Add", "Mul", "Div"):
+        inner = next((t for t in node.inputs if graph.constant(t) is None), None)
+        node = None if inner is None else graph.producer(inner)
+    return _is_product(graph, node) or (node is not None and node.op == "Reshape")
+
+
+def _is_product(graph: Graph, node: gs.Node | None) -> bool:
+    """True for a product of two activations."""
+    return node is not None and node.op == "MatMul" and all(graph.constant(t) is None for t in node.inputs)
+
+
+def _exchanges(node: gs.Node) -> bool:
+    perm = node.attrs.get("perm")
+    return perm is not None and list(perm) == [*range(len(perm) - 2), len(perm) - 1, len(perm) - 2]
+
+
+def _unturned(graph: Graph, tensor: Tensor, wanted: bool) -> tuple[Tensor, bool]:
+    """What a product reads, before a Transpose of its last two axes, and whether its axes are exchanged there."""
+    node = graph.producer(tensor)
+    if node is not None and node.op == "Transpose" and _exchanges(node):
+        return node.inputs[0], not wanted
+    return tensor, wanted
+
+
+def _tokens_first(tensor: Tensor, turned: bool) -> list | None:
+    shape = list(tensor.shape or ())
+    if len(shape) not in (3, 4):
+        return None
+    return [*shape[:-2], shape[-1], shape[-2]] if turned else shape
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What calibration data says of an attention.
+
+    Attributes:
+        thresholds: mean of the normalised queries and keys.
+        length: root mean square length of the results of a token, float32 ``[heads, 1, 1]`` or ``[1, 1, 1]``.
+        spread: standard deviation of the scores over the keys.
+        binary_spread: the same of the counts ``b(Q) b(K)^T``.
+    """
+
+    thresholds: tuple[float, float]
+    length: np.ndarray
+    spread: float
+    binary_spread: float
+
+
+def statistics(graph: Graph, found: Sequence[Attention], feeds: Sequence[Feeds]) -> list[Statistics]:
+    """Statistics of each attention over all feeds."""
+    totals: list[dict[str, list]] = [{"q": [], "k": [], "length": [], "spread": [], "binary": []} for _ in found]
+    names = [t.name for one in found for t in (one.q, one.k, one.result, one.scores)]
+    for seen in sensitivity.activations(graph, names, feeds):
+        for one, total in zip(found, totals, strict=True):
+            q, k = (_unit(seen[t.name], flag) for t, flag in zip((one.q, one.k), one.turned, strict=False))
+            y = seen[one.result.name]
+            y = y.swapaxes(-1, -2) if one.result_turned else y
+            squares = np.square(y).sum(-1, keepdims=True).mean(-2, keepdims=True)
+            total["length"].append(squares.mean(0, keepdims=y.ndim == 3))
+            total["q"].append(float(q.mean()))
+            total["k"].append(float(k.mean()))
+            total["spread"].append(float(seen[one.scores.name].var(-1).mean()))
+            counts = (q > q.mean()).astype(np.float32) @ (k > k.mean()).astype(np.float32).swapaxes(-1, -2)
+            total["binary"].append(float(counts.var(-1).mean()))
+    return [
+        Statistics(
+            (float(np.mean(t["q"])), float(np.mean(t["k"]))),
+            np.sqrt(np.mean(t["length"], 0)).astype(np.float32),
+            math.sqrt(np.mean(t["spread"])),
+            math.sqrt(np.mean(t["binary"])),
+        )
+        for t in totals
+    ]
+
+
+def _unit(x: np.ndarray, turned: bool) -> np.ndarray:
+    x = x.swapaxes(-1, -2) if turned else x
+    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+
+
+def write(graph: Graph, one: Attention, form: str, threshold: str, known: Statistics) -> None:
+    """Replace an attention by a binary form. The caller tidies the graph.
+
+    Args:
+        graph: of the attention.
+        one: the attention; without biases for the form ``angular``.
+        form: one of ``FORMS``.
+        threshold: one of ``THRESHOLDS``.
+        known: its statistics.
+    """
+    rank, hint = len(one.q.shape), one.result.name
+
+    def added(op: str, inputs: list[Tensor], domain: str | None = None, **attrs: object) -> Tensor:
+        return graph.insert(op, inputs, None, attrs, replaces=one.nodes, domain=domain).outputs[0]
+
+    turn = [*range(rank - 2), rank - 1, rank - 2]
+    operands = [
+        added("Transpose", [t], perm=turn) if flag else t
+        for t, flag in zip((one.q, one.k, one.v), one.turned, strict=True)
+    ]
+    thresholds = [
+        graph.new_constant(f"{hint}_threshold", np.float32(value)) if threshold == "fixed"
+        else _mean(graph, added, x, rank, threshold) for x, value in zip(operands, known.thresholds, strict=False)
+    ]  # fmt: skip
+    if form == "angular":
+        name, extra = "BinaryAngularAttention", []
+    else:
+        name = "BinarySoftmaxAttention"
+        scale = known.spread / known.binary_spread if known.binary_spread else 0.0
+        bias: Tensor = graph.new_constant(f"{hint}_bias", np.zeros(1, np.float32))
+        for other in one.biases:
+            bias = added("Add", [bias, other])
+        extra = [graph.new_constant(f"{hint}_scale", np.asarray([scale], np.float32)), bias]
+    result = added(name, [*operands, *thresholds, *extra], ops.DOMAIN, turn=turn)
+    if form == "angular":
+        result = added("Mul", [result, graph.new_constant(f"{hint}_length", known.length)])
+    if one.result_turned:
+        result = added("Transpose", [result], perm=turn)
+    ops.declare(graph, name)
+    graph.rewire(one.result, result)
+
+
+def _mean(graph: Graph, added, x: Tensor, rank: int, threshold: str) -> Tensor:
+    """Mean of the normalised tensor: over everything, or over all axes but the first."""
+    last = graph.new_constant("last_axis", np.asarray([-1], np.int64))
+    square = added("Mul", [x, x])
+    length = added("Sqrt", [added("ReduceSum", [square, last])])
+    axes = list(range(0 if threshold == "batch" else 1, rank))
+    unit = added("Div", [x, length])
+    if graph.opsets[""] >= 18:
+        return added("ReduceMean", [unit, graph.new_constant("mean_axes", np.asarray(axes, np.int64))])
+    return added("ReduceMean", [unit], axes=axes)
