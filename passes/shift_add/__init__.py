@@ -1,6 +1,7 @@
 """Shift-add: products become shifts and additions, in linear layers and, where asked for, in attention.
 
-1. *Attention*, with ``attention=angular`` or ``hamming``: queries and keys become binary
+1. *Attention that was trained with binary queries and keys* is recognised and computes what it did.
+   *Other attention*, with ``attention=angular`` or ``hamming``: queries and keys become binary
    (:mod:`~edgecompile.passes.shift_add.attention`). That is another function; it needs training.
 2. *Layers.* Linear layers and 1x1 convolutions with constant weights (:mod:`~edgecompile.passes.shift_add.layers`).
 3. *Codes.* Each weight becomes 2 to 8 bits (:mod:`~edgecompile.passes.shift_add.codes`). Weights that were trained as
@@ -101,6 +102,13 @@ class ShiftAdd(Pass):
         feeds = []
         if context.calibration is not None:
             feeds = list(itertools.islice(context.calibration.feeds(), _SAMPLES))
+        for one in list(attention.find_trained(graph)):
+            if not self._skipped(one.nodes[-1]) and context.rewrite(
+                "angular attention, as it was trained", one.nodes[0]
+            ):
+                attention.write_trained(graph, one)
+        graph.tidy()
+        graph.infer_shapes()
         if self.attention:
             self._rewrite_attention(graph, feeds, context)
         if self.linear:

@@ -267,11 +267,118 @@ def write(graph: Graph, one: Attention, form: str, threshold: str, known: Statis
 
 def _mean(graph: Graph, added, x: Tensor, rank: int, threshold: str) -> Tensor:
     """Mean of the normalised tensor: over everything, or over all axes but the first."""
-    last = graph.new_constant("last_axis", np.asarray([-1], np.int64))
-    square = added("Mul", [x, x])
-    length = added("Sqrt", [added("ReduceSum", [square, last])])
-    axes = list(range(0 if threshold == "batch" else 1, rank))
-    unit = added("Div", [x, length])
-    if graph.opsets[""] >= 18:
-        return added("ReduceMean", [unit, graph.new_constant("mean_axes", np.asarray(axes, np.int64))])
-    return added("ReduceMean", [unit], axes=axes)
+
+    def reduced(op: str, tensor: Tensor, axes: list[int]) -> Tensor:
+        if graph.opsets[""] < 18:
+            return added(op, [tensor], axes=axes)
+        return added(op, [tensor, graph.new_constant("axes", np.asarray(axes, np.int64))])
+
+    unit = added("Div", [x, reduced("ReduceL2", x, [-1])])
+    return reduced("ReduceMean", unit, list(range(0 if threshold == "batch" else 1, rank)))
+
+
+# -- networks that were trained so -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """Angular attention as a network computes it that was trained with it; attributes as the operator's inputs.
+
+    Attributes:
+        nodes: those that the operator stands for.
+        inputs: q, k, v and the thresholds of q and k.
+        result: what it computes.
+    """
+
+    nodes: tuple[gs.Node, ...]
+    inputs: tuple[Tensor, ...]
+    result: Tensor
+
+
+def find_trained(graph: Graph) -> Iterator[Trained]:
+    """Each ``R / |R|`` with ``R = V / 2 + b(Q) (b(K)^T V) / pi`` of a graph, however the sums are ordered."""
+    for node in graph.nodes:
+        nodes: list[gs.Node] = []
+        if (raw := _normalised(graph, node, nodes)) is None:
+            continue
+        total = _made_by(graph, raw, "Add", nodes)
+        for own, near in _both_orders(total):
+            value = _scaled(graph, own, 0.5, nodes)
+            product = _made_by(graph, _scaled(graph, near, 1 / math.pi, nodes), "MatMul", nodes)
+            if value is None or product is None:
+                continue
+            gathered = _made_by(graph, product.inputs[1], "MatMul", nodes)
+            turned = None if gathered is None else _made_by(graph, gathered.inputs[0], "Transpose", nodes)
+            if gathered is None or turned is None or not _exchanges(turned) or gathered.inputs[1] is not value:
+                continue
+            q, k = _binary(graph, product.inputs[0], nodes), _binary(graph, turned.inputs[0], nodes)
+            if q and k:
+                yield Trained(tuple(nodes), (q[0], k[0], value, q[1], k[1]), node.outputs[0])
+
+
+def write_trained(graph: Graph, one: Trained) -> None:
+    """Replace it by the operator: the same function. The caller tidies the graph."""
+    name, rank = "BinaryAngularAttention", len(one.inputs[0].shape)
+    turn = [*range(rank - 2), rank - 1, rank - 2]
+    made = graph.insert(name, one.inputs, None, {"turn": turn}, replaces=one.nodes, domain=ops.DOMAIN)
+    ops.declare(graph, name)
+    graph.rewire(one.result, made.outputs[0])
+
+
+def _made_by(graph: Graph, tensor: Tensor | None, op: str, nodes: list[gs.Node]) -> gs.Node | None:
+    """The node of this operator that writes a tensor; it joins ``nodes``."""
+    node = None if tensor is None else graph.producer(tensor)
+    if node is None or node.op != op or node.domain:
+        return None
+    nodes.append(node)
+    return node
+
+
+def _both_orders(node: gs.Node | None) -> list[tuple[Tensor, Tensor]]:
+    return [] if node is None else [(node.inputs[0], node.inputs[1]), (node.inputs[1], node.inputs[0])]
+
+
+def _is(graph: Graph, tensor: Tensor, value: float) -> bool:
+    found = graph.constant(tensor)
+    return found is not None and found.size == 1 and math.isclose(float(found.reshape(-1)[0]), value, rel_tol=1e-6)
+
+
+def _scaled(graph: Graph, tensor: Tensor, factor: float, nodes: list[gs.Node]) -> Tensor | None:
+    node = _made_by(graph, tensor, "Mul", nodes)
+    return next((x for x, other in _both_orders(node) if _is(graph, other, factor)), None)
+
+
+def _normalised(graph: Graph, node: gs.Node | None, nodes: list[gs.Node]) -> Tensor | None:
+    """x, if a node computes ``x / |x|`` along the last axis."""
+    if node is None or node.op != "Div":
+        return None
+    length = _made_by(graph, node.inputs[1], "ReduceL2", nodes)
+    if length is None or length.inputs[0] is not node.inputs[0] or not length.attrs.get("keepdims", 1):
+        return None
+    axes = graph.constant(length.inputs[1]) if len(length.inputs) > 1 else length.attrs.get("axes")
+    rank = len(node.inputs[0].shape or ())
+    if axes is None or [int(a) % rank for a in np.asarray(axes).reshape(-1)] != [rank - 1]:
+        return None
+    nodes.append(node)
+    return node.inputs[0]
+
+
+def _binary(graph: Graph, tensor: Tensor, nodes: list[gs.Node]) -> tuple[Tensor, Tensor] | None:
+    """x and the threshold of ``b(x)``, through the residue that carries its gradient in training, if it is there."""
+    for difference, clipped in _both_orders(_made_by(graph, tensor, "Add", nodes)):
+        # b - c + c is b, c being the same number.
+        minus = _made_by(graph, difference, "Sub", nodes)
+        if minus is not None and minus.inputs[1] is clipped and _made_by(graph, clipped, "Clip", nodes):
+            tensor = minus.inputs[0]
+    cast = _made_by(graph, tensor, "Cast", nodes)
+    above = None if cast is None else _made_by(graph, cast.inputs[0], "Greater", nodes)
+    if above is None:
+        return None
+    unit, least = above.inputs
+    if _is(graph, least, 0.0):
+        minus = _made_by(graph, unit, "Sub", nodes)
+        if minus is None:
+            return None
+        unit, least = minus.inputs
+    x = _normalised(graph, graph.producer(unit), nodes)
+    return None if x is None else (x, least)

@@ -18,6 +18,7 @@ Source: ONNX IR specification, "Functions". The standard operators are used as t
 
 from __future__ import annotations
 
+import re
 from functools import cache
 
 import onnx
@@ -103,16 +104,11 @@ _CONV = """
    y = Conv <strides: ints = @strides> (x, kernel)
 """
 
-_LENGTH = """
-   {x}_square = Mul ({x}, {x})
-   {x}_sum = ReduceSum ({x}_square, last)
-   {x}_length = Sqrt ({x}_sum)
-"""
-
-_BINARIZE = f"""
+# LENGTH is the Euclidean length along the last axis: ReduceL2, whose axes became an input in opset 18.
+_BINARIZE = """
    last = Constant <value_ints = [-1]> ()
-   {_LENGTH.format(x="q")}
-   {_LENGTH.format(x="k")}
+   q_length = LENGTH (q)
+   k_length = LENGTH (k)
    q_unit = Div (q, q_length)
    k_unit = Div (k, k_length)
    q_above = Greater (q_unit, q_threshold)
@@ -122,7 +118,7 @@ _BINARIZE = f"""
    k_turned = Transpose <perm: ints = @turn> (k_binary)
 """
 
-_ANGULAR = f"""
+_ANGULAR = """
    gathered = MatMul (k_turned, v)
    near = MatMul (q_binary, gathered)
    inverse_pi = Constant <value_float = 0.31830987> ()
@@ -130,7 +126,7 @@ _ANGULAR = f"""
    near_part = Mul (near, inverse_pi)
    own_part = Mul (v, half)
    raw = Add (own_part, near_part)
-   {_LENGTH.format(x="raw")}
+   raw_length = LENGTH (raw)
    y = Div (raw, raw_length)
 """
 
@@ -174,6 +170,7 @@ def function(name: str, opset: int) -> onnx.FunctionProto:
         KeyError: there is no such operator.
     """
     attributes, inputs, body = _FUNCTIONS[name]
+    body = re.sub(r"LENGTH \((\w+)\)", r"ReduceL2 (\1, last)" if opset >= 18 else r"ReduceL2 <axes = [-1]> (\1)", body)
     return parser.parse_function(
         f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n{name} <{attributes}> ({inputs}) => (y) {{{body}}}'
     )

@@ -11,7 +11,7 @@ from edgecompile.calibration_data import open_data
 from edgecompile.errors import InputError
 from edgecompile.graph import Graph
 from edgecompile.passes.shift_add import ShiftAdd, attention, ops
-from edgecompile.pipeline import Context, PassResult
+from edgecompile.pipeline import Context, PassResult, Pipeline
 
 pytest.importorskip("onnxruntime")
 
@@ -203,3 +203,57 @@ def test_the_torch_module_computes_the_same_and_trains_through_it(form, how):
     gradients = {n: p.grad.abs().sum().item() for n, p in module.named_parameters() if n in ("wq", "wk", "wv")}
     assert len(gradients) == 3
     assert all(g > 0 for g in gradients.values())
+
+
+@pytest.fixture(scope="module", params=["dynamo", "torchscript"])
+def trained(request, tmp_path_factory) -> Graph:
+    """A block of ShiftAddViT, exported."""
+    torch = pytest.importorskip("torch")
+    from edgecompile.models.shiftaddvit import pvtv2_b0_block
+
+    torch.manual_seed(0)
+    block, x = pvtv2_b0_block(3).eval(), torch.randn(1, 196, 160)
+    path = tmp_path_factory.mktemp("block") / "block.onnx"
+    dynamo = request.param == "dynamo"
+    torch.onnx.export(block, (x,), path, dynamo=dynamo, opset_version=20 if dynamo else 17)
+    graph = Graph.load(path)
+    Pipeline.parse("clean,fold_norm").run(graph)
+    return graph
+
+
+def test_a_block_trained_with_angular_attention_is_lowered_to_the_same_function(trained):
+    graph = trained.copy()
+    given = oracle.random_feeds(graph.signature().inputs, 3)
+    before = next(iter(oracle.run(graph, given).values()))
+    context = Context()
+    context.begin("shift_add")
+    result = ShiftAdd(linear=False).run(graph, context)
+    assert [r.what for r in result.rewrites] == ["angular attention, as it was trained"]
+    graph.check(trained.signature())
+    assert sum(n.op == "BinaryAngularAttention" for n in graph.nodes) == 1
+    assert not any(n.op in ("Greater", "Clip") for n in graph.nodes)
+    after = next(iter(oracle.run(graph, given).values()))
+    np.testing.assert_allclose(after, before, atol=1e-5 * np.abs(before).max())
+
+
+@pytest.mark.parametrize("change", ["another factor", "another value", "no length"])
+def test_what_only_resembles_it_is_left_alone(trained, change):
+    graph = trained.copy()
+    for node in graph.nodes:
+        if (
+            change == "another factor"
+            and node.op == "Mul"
+            and any(
+                (c := graph.constant(t)) is not None and c.size == 1 and abs(float(c.reshape(-1)[0]) - 0.5) < 1e-6
+                for t in node.inputs
+            )
+        ):
+            node.inputs[1] = graph.new_constant("factor", np.float32(0.25))
+        if change == "another value" and node.op == "MatMul" and graph.producer(node.inputs[0]).op == "Transpose":
+            node.inputs[1] = graph.insert("Relu", [node.inputs[1]], replaces=[node]).outputs[0]
+        if change == "no length" and node.op == "ReduceL2":
+            node.op = "ReduceL1"
+    graph.tidy()
+    context = Context()
+    context.begin("shift_add")
+    assert not ShiftAdd(linear=False).run(graph, context).rewrites
