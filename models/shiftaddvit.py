@@ -1,4 +1,4 @@
-"""The blocks of ShiftAddViT: linear layers as shifts, attention as additions, and the PVTv2 block around them.
+"""The blocks of ShiftAddViT: linear layers as shifts and mixtures, attention as additions, and a PVTv2 block of them.
 
 Source: You et al., "ShiftAddViT: Mixture of Multiplication Primitives Towards Efficient Vision Transformer", NeurIPS
 2023 (section 4); the shift layer is DeepShift-PS (Elhoushi et al., CVPR Workshops 2021), the attention is the
@@ -62,6 +62,30 @@ class ShiftLinear(nn.Module):
         """Apply the layer."""
         weight = 2.0 ** self.shift.clamp(self.least_shift, 0).round() * self.sign.round().sign()
         return F.linear(_to_fixed(x), weight, None if self.bias is None else _to_fixed(self.bias))
+
+
+class MixtureLinear(nn.Module):
+    """A multiplying and a shifting linear layer, of which a gate chooses one for each token.
+
+    The choice is hard and its value is 1, as in the authors' code; both experts are computed, and one is kept, so that
+    the module exports. Maps ``[..., inputs]`` to ``[..., outputs]``.
+
+    Args:
+        inputs: input features.
+        outputs: output features.
+        bias: whether the experts have a bias.
+    """
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool = True):
+        super().__init__()
+        self.gate = nn.Linear(inputs, 2)
+        self.experts = nn.ModuleList([nn.Linear(inputs, outputs, bias=bias), ShiftLinear(inputs, outputs, bias=bias)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer."""
+        score = self.gate(x)
+        multiplies = score[..., :1] >= score[..., 1:]
+        return torch.where(multiplies, self.experts[0](x), self.experts[1](x))
 
 
 def _binarize(x: Tensor, dims: tuple[int, ...]) -> Tensor:

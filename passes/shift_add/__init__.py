@@ -9,7 +9,8 @@
    error of the outputs guides the codes: ``|X W^T - X Q^T|^2``, which needs ``X^T X`` only.
 4. *Bits.* One width for all layers, or, under a budget of bytes, the widths that leave the least sum of the layers'
    relative output errors (:func:`~edgecompile.passes.shift_add.codes.allocate`).
-5. *Operators.* Each becomes an operator of domain ``ai.edgecompile`` with a body of standard operators
+5. *Mixtures*, with ``dispatch=true``: one expert for each token (:mod:`~edgecompile.passes.shift_add.mixture`).
+6. *Operators.* Each becomes an operator of domain ``ai.edgecompile`` with a body of standard operators
    (:mod:`~edgecompile.passes.shift_add.ops`), so that every runtime runs the graph.
 
 What it gains is storage: an eighth of float32 at 4 bits. A runtime without a kernel for the operators decodes the
@@ -33,7 +34,7 @@ import onnx_graphsurgeon as gs
 from edgecompile.errors import InputError, missing_extra
 from edgecompile.graph import Graph, provenance
 from edgecompile.oracle import Feeds, OutputError
-from edgecompile.passes.shift_add import attention, codes, layers, ops
+from edgecompile.passes.shift_add import attention, codes, layers, mixture, ops
 from edgecompile.pipeline import Context, Pass, PassResult
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class ShiftAdd(Pass):
         attention: form that softmax attention takes: ``angular`` (linear in the tokens), ``hamming`` or empty: none.
         threshold: what queries and keys are compared with to become binary: ``fixed``, ``image`` or ``batch``.
         linear: code linear layers and 1x1 convolutions.
+        dispatch: compute one expert of a mixture for each token; the runtime must take shapes that depend on data.
         code: ``pot`` (one power of two), ``sp2`` (two of them) or ``binary`` (signs times shifted scales).
         bits: of one weight; 0 to choose them per layer under ``size``.
         size: bytes of the coded weights, over their bytes in floating point; with ``bits=0``.
@@ -65,6 +67,7 @@ class ShiftAdd(Pass):
     attention: str = ""
     threshold: str = "fixed"
     linear: bool = True
+    dispatch: bool = False
     code: str = "binary"
     bits: int = 4
     size: float = 0.125
@@ -113,6 +116,12 @@ class ShiftAdd(Pass):
             self._rewrite_attention(graph, feeds, context)
         if self.linear:
             self._code_layers(graph, feeds, context)
+        if self.dispatch:
+            graph.infer_shapes()
+            for one in list(mixture.find(graph)):
+                if not self._skipped(one.node) and context.rewrite("one expert for each token", one.node):
+                    mixture.write(graph, one)
+            graph.tidy()
         return context.result()
 
     def _rewrite_attention(self, graph: Graph, feeds: Sequence[Feeds], context: Context) -> None:
