@@ -1,13 +1,13 @@
 """The zoo in float16 and bfloat16: signal-to-noise ratio, largest error, what stays in float32, size of the weights.
 
-Usage: python benchmarks/cast.py [NAME ...] [--output benchmarks/results/cast.json]
+Usage: python benchmarks/cast.py [NAME ...] [--dtype float16] [--output benchmarks/results/cast.json]
 
-Every model is exported at its native resolution with random weights and BatchNorm statistics, its branches are merged,
-and the pass `cast` is applied with its default budget of 50 dB for float16, and of 30 dB for bfloat16, which has 8 bits
-of significand where float16 has 11. bfloat16 needs opset 22, to which the graph is converted before. Figures are those
-of the emulation, which computes in float32 and rounds each tensor when it is stored, over all probe inputs; that inputs
-ten times as large stay finite is checked on the same. Size is the ratio of the bytes of the initializers; kept are the
-nodes with a float32 result.
+Every model (without NAMEs, the whole zoo) is exported at its native resolution with random weights and BatchNorm
+statistics, its branches are merged, and the pass `cast` is applied with its default budget of 50 dB for float16, and of
+30 dB for bfloat16, which has 8 bits of significand where float16 has 11. bfloat16 needs opset 22, to which the graph is
+converted before. Figures are those of the emulation, which computes in float32 and rounds each tensor when it is
+stored, over all probe inputs; that inputs ten times as large stay finite is checked on the same. Size is the ratio of
+the bytes of the initializers; kept are the nodes with a float32 result.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +22,6 @@ from typing import Any
 
 BUDGETS = {"float16": 50.0, "bfloat16": 30.0}
 OPSETS = {"bfloat16": 22}
-FAMILIES = ("shvit_s1", "efficientvit_m0", "litepose_xs", "damoyolo_ns", "deanet", "repavit_tiny", "repaswin_tiny")
 
 
 def run_one(name: str, dtype: str) -> dict[str, Any]:
@@ -100,28 +97,21 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", default=FAMILIES)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--dtype", choices=BUDGETS, action="append", help="default: all, one after the other")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(run_one(*options.one)))
         return
-    from common import machine
+    import common
 
-    rows = []
-    for name in options.names:
-        for dtype in BUDGETS:
-            command = [sys.executable, __file__, "--one", name, dtype]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise SystemExit(f"{name} in {dtype} failed")
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
-            print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-            if options.output:
-                document = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
-                options.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(markdown(rows))
+    from edgecompile import models
+
+    names = options.names or models.names()
+    jobs = [(name, dtype) for dtype in options.dtype or BUDGETS for name in names]
+    rows = common.rows(__file__, jobs, markdown, options.output)
     wrong = [f"{r['model']} {r['dtype']}" for r in rows if r["snr_db"] < r["budget_db"] or not r["finite_at_10x"]]
     if wrong:
         raise SystemExit(f"budget missed: {', '.join(wrong)}")

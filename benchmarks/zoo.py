@@ -15,8 +15,6 @@ import contextlib
 import json
 import os
 import random
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -118,22 +116,12 @@ def main() -> None:
     if options.one:
         print(json.dumps(run_one(options.one, options.seconds)))
         return
-    from common import machine
+    import common
 
     from edgecompile import models
 
-    rows = []
-    for name in options.names or models.names():
-        command = [sys.executable, __file__, "--one", name, "--seconds", str(options.seconds)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(f"{name} failed")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(markdown(rows[-1:]).splitlines()[-1], flush=True)
-        if options.output:
-            document = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
-            options.output.write_text(json.dumps(document, indent=1) + "\n")
-    print(markdown(rows))
+    jobs = [(name, "--seconds", str(options.seconds)) for name in options.names or models.names()]
+    rows = common.rows(__file__, jobs, markdown, options.output)
     wrong = [r["model"] for r in rows if not r["parity_ok"] or r["batch_norms"]]
     if wrong:
         raise SystemExit(f"parity or BatchNormalization: {', '.join(wrong)}")

@@ -11,9 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ SCHEMA = "edgecompile.doctor/1"
 _COMMAND_SECONDS = 2.0
 _FIX = "→"
 _L4T = Path("/etc/nv_tegra_release")
+_ROOT = Path("/")
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,6 @@ def diagnose() -> list[Section]:
         "machine": [_python, _system, _cpu, _memory, _cache, _jetson],
         "packages": [_packages],
         "targets": [lambda name=name: _target(name) for name in _targets()],
-        "runtimes": [_tensorrt, _tvm],
         "gpu": [_gpus],
         "compilers": [lambda tool=tool: _compiler(tool) for tool in _COMPILERS],
     }
@@ -212,7 +212,7 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", text.partition("+")[0])))
 
 
-# -- targets and runtimes ----------------------------------------------------------------------------------------------
+# -- targets -----------------------------------------------------------------------------------------------------------
 
 
 def _targets() -> list[str]:
@@ -224,43 +224,36 @@ def _targets() -> list[str]:
 
 def _target(name: str) -> Iterable[Capability]:
     try:
-        return registry.target(name).probe()
+        first, *others = registry.target(name).probe()
     except Exception as error:  # another package's target may raise anything
         return [Capability(f"target {name}", False, detail=str(error))]
+    return [_ADDED.get(name, lambda line: line)(first), *others]
 
 
-def _tensorrt() -> Iterator[Capability]:
+def _tensorrt(line: Capability) -> Capability:
+    """Where TensorRT cannot be used, what there is of it: Python packages and system libraries."""
+    if line.available:
+        return line
     names = ("tensorrt", "tensorrt-cu13", "tensorrt-cu12", "tensorrt-cu11")
-    found = next(((n, v) for n in names if (v := _version(n))), None)
-    libraries = sorted(
-        {
-            p.name
-            for pattern in ("usr/lib/*/libnvinfer.so.*", "usr/lib64/libnvinfer.so.*")
-            for p in Path("/").glob(pattern)
-        }
-    )
-    fix = "" if found else "pip install 'edgecompile[trt]' (on a Jetson: sudo apt-get install python3-libnvinfer)"
-    yield Capability(
-        "tensorrt",
-        found is not None,
-        found[1] if found else "",
-        f"system libraries: {', '.join(libraries)}" if libraries else "" if found else "no Python bindings",
-        fix,
-    )
+    packages = [f"{n} {v}" for n in names if (v := _version(n))]
+    patterns = ("usr/lib/*/libnvinfer.so.*", "usr/lib64/libnvinfer.so.*")
+    libraries = {path.name for pattern in patterns for path in _ROOT.glob(pattern)}
+    there = [*packages, *sorted(libraries)]
+    return replace(line, detail="; ".join(filter(None, (line.detail, f"here: {', '.join(there)}" if there else ""))))
 
 
-def _tvm() -> Iterator[Capability]:
-    found, ffi = _version("apache-tvm"), _version("apache-tvm-ffi")
-    pinned, extra = _requirement("apache-tvm-ffi")
-    fix = f"pip install 'edgecompile[{extra or 'tvm'}]'"
-    if not found:
-        yield Capability("tvm", False, detail="not installed", fix=fix)
-        return
-    ok = _satisfies(ffi, pinned)
+def _tvm(line: Capability) -> Capability:
+    """TVM with the one version of its companion that it does not crash with."""
+    if not line.available:
+        return line
+    ffi, (pinned, _) = _version("apache-tvm-ffi"), _requirement("apache-tvm-ffi")
+    if _satisfies(ffi, pinned):
+        return replace(line, detail=f"{line.detail}; apache-tvm-ffi {ffi}")
     trap = f"apache-tvm-ffi {ffi or 'is missing'}: tuning crashes with versions other than {pinned.lstrip('=')}"
-    yield Capability(
-        "tvm", ok, found, f"apache-tvm-ffi {ffi}" if ok else trap, "" if ok else f"pip install 'apache-tvm-ffi{pinned}'"
-    )
+    return replace(line, available=False, detail=trap, fix=f"pip install 'apache-tvm-ffi{pinned}'")
+
+
+_ADDED: Mapping[str, Callable[[Capability], Capability]] = {"trt": _tensorrt, "tvm": _tvm}
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ Exit codes are those of every command: 0 done, 1 gate or parity failed, 2 bad in
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 
@@ -61,3 +63,9 @@ class EnvironmentMissing(EdgecompileError):
 def missing_extra(what: str, package: str, extra: str) -> EnvironmentMissing:
     """The error for a command that needs a package of an extra that is not installed."""
     return EnvironmentMissing(what, f"the package {package} is not installed", f"pip install 'edgecompile[{extra}]'")
+
+
+def did_you_mean(name: str, choices: Iterable[str]) -> str:
+    """``did you mean 'NAME'?`` for the choice that is closest to ``name``; ``""`` if none is close."""
+    close = difflib.get_close_matches(name, list(choices), 1)
+    return f"did you mean {close[0]!r}?" if close else ""

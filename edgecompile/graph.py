@@ -635,6 +635,26 @@ class Graph(gs.Graph):
             raise InputError("the ONNX checker rejects the graph", _one_line(error)) from None
 
 
+def named(graph: Graph) -> Graph:
+    """A copy in which every node, at any depth, has a name of its own, since runtimes name their layers after nodes.
+
+    A node without a name takes that of its first output; a name that is taken is numbered. What the node was called is
+    kept as its only source, so that layers can be told by the names of ``graph``.
+    """
+    copy = graph.copy()
+    taken: set[str] = set()
+    for node in copy.walk():
+        label = node.name or node.outputs[0].name
+        node.name = label
+        for count in itertools.count(1):
+            if node.name not in taken:
+                break
+            node.name = f"{label}_{count}"
+        taken.add(node.name)
+        node.provenance = replace(provenance(node), sources=(label,))  # type: ignore[attr-defined]
+    return copy
+
+
 def redirect(old: Tensor, new: Tensor) -> None:
     """Let every node that reads ``old`` read ``new``, in time linear in their inputs.
 

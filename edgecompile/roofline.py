@@ -464,13 +464,13 @@ class LayerTable:
     """Layers of an engine against the roofline, the largest gap first.
 
     Attributes:
-        roofline: of the machine.
+        roofline: of the machine; None where it is not known: then no bound is, and all of the time is gap.
         layers: by gap.
         modules: by gap.
         unknown: tensors whose size is unknown; without them the bounds are lower than they could be.
     """
 
-    roofline: Roofline
+    roofline: Roofline | None
     layers: tuple[LayerCost, ...]
     modules: tuple[ModuleCost, ...]
     unknown: int = 0
@@ -487,7 +487,7 @@ class LayerTable:
 
 
 def layer_table(
-    layers: Sequence[LayerTime], graph: Graph, roofline: Roofline, feeds: Mapping[str, np.ndarray] | None = None
+    layers: Sequence[LayerTime], graph: Graph, roofline: Roofline | None, feeds: Mapping[str, np.ndarray] | None = None
 ) -> LayerTable:
     """Set the layers of an engine against the roofline.
 
@@ -499,10 +499,10 @@ def layer_table(
     Args:
         layers: as :meth:`edgecompile.target.Engine.layers` returns them.
         graph: the graph that was given to ``build``, whose nodes they name.
-        roofline: of the machine that they were measured on.
+        roofline: of the machine that they were measured on; None if it is not known.
         feeds: the inputs that they were measured with; without them, a batch of one.
     """
-    shaped = _shaped(graph, feeds)
+    shaped = stats.shaped(graph, feeds)
     macs = stats.node_macs(shaped, feeds)
     of_name: dict[str, list[int]] = {}
     for number, node in enumerate(shaped.nodes):
@@ -516,12 +516,15 @@ def layer_table(
         moved = _moved(nodes, outputs)
         unknown.update(moved.unknown)
         work = sum(macs[i] or 0 for i in numbers)
-        transfer = roofline.transfer(moved.weights, weights)
-        transfer += roofline.transfer(moved.activations, moved.activations)
+        compute = transfer = 0.0
+        if roofline is not None:
+            compute = roofline.compute(work, moved.int8)
+            transfer = roofline.transfer(moved.weights, weights)
+            transfer += roofline.transfer(moved.activations, moved.activations)
         costs.append(
             LayerCost(
                 layer.name, layer.op, layer.modules, layer.microseconds / 1e6, work, moved.weights, moved.activations,
-                roofline.compute(work, moved.int8), transfer,
+                compute, transfer,
             )
         )  # fmt: skip
     cost_of = {id(layer): cost for layer, cost in zip(layers, costs, strict=True)}
@@ -539,23 +542,6 @@ def _module(path: str, costs: Sequence[LayerCost]) -> ModuleCost:
     return ModuleCost(
         path, len(costs), seconds, sum(c.macs for c in costs), sum(c.bytes for c in costs), seconds - gap, gap
     )
-
-
-def _shaped(graph: Graph, feeds: Mapping[str, np.ndarray] | None) -> Graph:
-    """A copy with the shapes that the tensors have for these feeds, as far as inference finds them."""
-    shaped = graph.copy()
-    for tensor in shaped.inputs:
-        if feeds and tensor.name in feeds:
-            tensor.shape = list(feeds[tensor.name].shape)
-        elif tensor.shape and not isinstance(tensor.shape[0], int):
-            tensor.shape = [1, *tensor.shape[1:]]
-    inputs = {id(t) for t in shaped.inputs}
-    for tensor in shaped.tensors().values():
-        if isinstance(tensor, gs.Variable) and id(tensor) not in inputs:
-            tensor.shape = None  # a symbolic one would win over what inference finds
-    with suppress(InputError):
-        shaped.infer_shapes(outputs=True)
-    return shaped
 
 
 def _owned(layers: Sequence[LayerTime], graph: Graph, of_name: Mapping[str, Sequence[int]]) -> list[list[int]]:

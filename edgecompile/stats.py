@@ -60,20 +60,27 @@ def count(graph: Graph, feeds: Mapping[str, np.ndarray] | None = None) -> Stats:
 
 def node_macs(graph: Graph, feeds: Mapping[str, np.ndarray] | None = None) -> list[int | None]:
     """MACs of each node of the main graph, in order; None where a shape that is needed is unknown."""
-    shaped = graph.copy()
-    for tensor in shaped.inputs:
+    return [_macs(node) for node in shaped(graph, feeds).nodes]
+
+
+def shaped(graph: Graph, feeds: Mapping[str, np.ndarray] | None = None) -> Graph:
+    """A copy with the shapes that the tensors have for these feeds, else for a batch of one, as far as inference finds
+    them.
+    """
+    found = graph.copy()
+    for tensor in found.inputs:
         if feeds and tensor.name in feeds:
             tensor.shape = list(feeds[tensor.name].shape)
         elif tensor.shape and not isinstance(tensor.shape[0], int):
             tensor.shape = [1, *tensor.shape[1:]]
-    if shaped.signature() != graph.signature():  # stale symbolic shapes would win over what inference finds
-        inputs = {id(t) for t in shaped.inputs}
-        for tensor in shaped.tensors().values():
-            if isinstance(tensor, gs.Variable) and id(tensor) not in inputs:
-                tensor.shape = None
+    inputs, stale = {id(t) for t in found.inputs}, found.signature() != graph.signature()
+    for tensor in found.tensors().values():
+        # Stale and symbolic shapes would win over what inference finds; others it may not be able to find again.
+        if isinstance(tensor, gs.Variable) and id(tensor) not in inputs and (stale or not _known(tensor.shape)):
+            tensor.shape = None
     with contextlib.suppress(InputError):
-        shaped.infer_shapes(outputs=True)
-    return [_macs(node) for node in shaped.nodes]
+        found.infer_shapes(outputs=True)
+    return found
 
 
 def ops(graph: Graph) -> dict[str, int]:

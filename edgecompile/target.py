@@ -124,8 +124,16 @@ class Target(ABC):
         """What is here and what is missing; never raises."""
 
     @abstractmethod
-    def build(self, graph: Graph, folder: Path, options: Mapping[str, Any]) -> Engine:
+    def build(
+        self, graph: Graph, folder: Path, options: Mapping[str, Any], say: Callable[[str], None] | None = None
+    ) -> Engine:
         """Lower ``graph``, write the engine's files into ``folder``, return the engine.
+
+        Args:
+            graph: what to lower.
+            folder: where the files go.
+            options: of the target, as text or typed.
+            say: called with what is being done, by a target that can tell.
 
         Raises:
             EnvironmentMissing: the runtime is not installed or cannot use this machine.
@@ -151,6 +159,20 @@ class Target(ABC):
         Raises:
             EnvironmentMissing: it was built for another device, runtime or version.
         """
+
+    def layers(
+        self, folder: Path, manifest: EngineManifest, graph: Graph, profile: Mapping[str, Any]
+    ) -> list[LayerTime]:
+        """Layers of an engine that was profiled on a board, in execution order.
+
+        Args:
+            folder, manifest, graph: as for :meth:`load`; the engine is not opened.
+            profile: what the ``profile`` of its session returned there.
+
+        Raises:
+            InputError: the target cannot tell.
+        """
+        raise InputError(f"target {self.name} does not tell the layers of an engine that runs elsewhere")
 
 
 # -- options as text or typed ------------------------------------------------------------------------------------------
@@ -179,3 +201,23 @@ def read_flag(name: str, value: Any) -> bool:
     if text not in ("true", "false", "1", "0", "yes", "no"):
         raise InputError(f"{name}={value} is neither true nor false")
     return text in ("true", "1", "yes")
+
+
+_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+
+
+def read_size(name: str, value: Any) -> int:
+    """The option ``name``, which is a size above 0, e.g. ``2GiB``; in bytes.
+
+    Raises:
+        InputError: it is something else.
+    """
+    text = str(value)
+    unit = text[-3:] if text[-3:] in _UNITS else ""
+    try:
+        size = int(float(text.removesuffix(unit)) * _UNITS[unit])
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise InputError(f"{name}={value} is not a size", "give bytes, or a number with KiB, MiB or GiB")
+    return size

@@ -4,7 +4,9 @@ On the CPU the graph is optimised once, at build time, and saved: ``model.ort.on
 every node attributed to the nodes and torch modules it stands for. Loading it runs no optimisation again. A layout
 optimisation rewrites convolutions to a blocked layout whose block size is that of the CPU's vectors, so such a file
 gives wrong results on a CPU with another block size; the manifest records the CPU and :meth:`OrtTarget.load` refuses.
-The other providers optimise (and compile) when a session is made, from the bundle's ``model.onnx``.
+The other providers optimise (and compile) when a session is made, from the bundle's ``model.onnx``. The manifest's
+remarks then say which nodes a GPU leaves to the CPU, whether a CUDA graph replays the model, and what it is timed with.
+Precision is that of the graph: no provider's flag for it is set.
 
 References: ONNX Runtime documentation, "Graph Optimizations in ONNX Runtime", section "Online/Offline Mode", and
 "Execution Providers"; blocked layout: onnxruntime/core/optimizer/nchwc_transformer.cc.
@@ -14,10 +16,8 @@ from __future__ import annotations
 
 import functools
 import heapq
-import json
 import re
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,12 +28,10 @@ import onnx_graphsurgeon as gs
 
 from edgecompile import oracle
 from edgecompile.errors import InputError
-from edgecompile.graph import Graph, Provenance, provenance, where
+from edgecompile.graph import Graph, Provenance, named, provenance, where
 from edgecompile.target import Capability, Engine, EngineManifest, LayerTime, Target
 from edgecompile.targets import ort_session
 from edgecompile.targets.ort_session import ENGINE, NCHWC, OPTIONS, ORT_FORMAT, Options, OrtSession
-
-_WARM_RUNS = 2
 
 
 class OrtTarget(Target):
@@ -51,7 +49,9 @@ class OrtTarget(Target):
         """ONNX Runtime and each provider: compiled in or not, usable or not."""
         return list(ort_session.probe())
 
-    def build(self, graph: Graph, folder: Path, options: Mapping[str, Any]) -> Engine:
+    def build(
+        self, graph: Graph, folder: Path, options: Mapping[str, Any], say: Callable[[str], None] | None = None
+    ) -> Engine:
         """See :meth:`edgecompile.target.Target.build`; on the CPU, writes :data:`ENGINE` and on request the ORT format.
 
         Equal graphs give equal files on the same machine, but for the ORT format, whose tables ONNX Runtime orders by
@@ -59,11 +59,11 @@ class OrtTarget(Target):
         """
         ort = ort_session.runtime()
         chosen = ort_session.parse(ort, options)
-        named = _named(graph)
+        source = named(graph)
         files: list[str] = []
         device = chosen.providers[0]
         if chosen.cpu_only:
-            files = _optimise(ort, named, folder, chosen)
+            files = _optimise(ort, source, folder, chosen)
             device = ort_session.cpu()
             if chosen.ort_format:
                 _write_ort_format(ort, folder, chosen)
@@ -71,17 +71,34 @@ class OrtTarget(Target):
         elif chosen.ort_format:
             raise InputError("ort_format needs providers=cpu", "the other providers' optimised models cannot be stored")
         recorded = {name: options.get(name, default) for name, (default, _) in self.options.items() if "." not in name}
-        recorded |= {name: value for name, value in options.items() if "." in name}
-        recorded |= {"providers": ",".join(chosen.providers), "ort_format": chosen.ort_format}
+        recorded |= {
+            f"{p}.{key}": value for p, given in chosen.provider_options.items() for key, value in given.items()
+        }
+        recorded |= {
+            "providers": ",".join(chosen.providers),
+            "ort_format": chosen.ort_format,
+            "transfers": chosen.transfers,
+        }
         manifest = EngineManifest(self.name, tuple(files), {"onnxruntime": ort.__version__}, device, recorded)
-        return OrtEngine(ort, manifest, chosen, folder, named)
+        engine = OrtEngine(ort, manifest, chosen, folder, source)
+        if chosen.on_gpu:
+            engine.manifest = replace(manifest, options={**manifest.options, **engine.remarks()})
+        return engine
 
     def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
         """See :meth:`edgecompile.target.Target.load`."""
         ort = ort_session.runtime()
         chosen = ort_session.parse(ort, manifest.options)
         ort_session.check(ort, folder, manifest)
-        return OrtEngine(ort, manifest, chosen, folder, _named(graph))
+        return OrtEngine(ort, manifest, chosen, folder, named(graph))
+
+    def layers(
+        self, folder: Path, manifest: EngineManifest, graph: Graph, profile: Mapping[str, Any]
+    ) -> list[LayerTime]:
+        """See :meth:`edgecompile.target.Target.layers`."""
+        stored = bool(manifest.files)
+        nodes = (Graph.load(folder / ENGINE) if stored else named(graph)).nodes
+        return _of_profile(profile, {node.name: node for node in nodes}, nested=stored)
 
 
 class OrtEngine(OrtSession, Engine):
@@ -91,15 +108,31 @@ class OrtEngine(OrtSession, Engine):
         self._graph = graph
         super().__init__(ort, manifest, chosen, folder)
 
-    def _open(self, profile: str = ""):
+    def _open(self, **how: Any):
+        how |= {"stream": self._stream}
         if self.manifest.files:
-            return _session(
-                self._ort, self._folder / ENGINE, self._chosen, self._graph, optimise=False, profile=profile
-            )
+            return _session(self._ort, self._folder / ENGINE, self._chosen, self._graph, optimise=False, **how)
         with tempfile.TemporaryDirectory(prefix=".ort.") as scratch:
             path = Path(scratch) / "model.onnx"
             self._graph.save(path)
-            return _session(self._ort, path, self._chosen, self._graph, profile=profile)
+            return _session(self._ort, path, self._chosen, self._graph, **how)
+
+    def remarks(self) -> dict[str, Any]:
+        """What the manifest says of an engine on a GPU: ``_on_cpu``, nodes that it leaves to the CPU, by module path
+        (None where ONNX Runtime does not tell), and ``_notes`` for people.
+        """
+        graph = "each set of inputs is replayed as a CUDA graph" if self._captures else "without CUDA graph"
+        clock = "CUDA events" if self.clock == "cuda_event" else "the wall clock, until ONNX Runtime has waited"
+        left, places = self.on_cpu(), None
+        notes = [f"{graph}; timed with {clock}"]
+        if left is None:
+            notes.append("which nodes run on the CPU is not known: this ONNX Runtime does not tell")
+        else:
+            places = [where(self._nodes[name]) if name in self._nodes else f"{name} ({op})" for name, op in left]
+        if places:
+            told = ", ".join(places[:5]) + (", ..." if len(places) > 5 else "")
+            notes.append(f"{len(places)} of {len(self._nodes)} nodes run on the CPU: {told}")
+        return {"_on_cpu": places, "_notes": notes}
 
     def _blame(self, text: str) -> str:
         return _culprit(self._nodes.values(), text)
@@ -128,6 +161,15 @@ class OrtEngine(OrtSession, Engine):
         oracle.check_feeds(self._graph, feeds)
         return super().call(feeds)
 
+    def timer(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        """See :meth:`edgecompile.targets.ort_session.OrtSession.timer`.
+
+        Raises:
+            InputError, EnvironmentMissing: as there.
+        """
+        oracle.check_feeds(self._graph, feeds)
+        return super().timer(feeds)
+
     def layers(self, feeds: Mapping[str, np.ndarray], repeats: int = 10) -> list[LayerTime]:
         """See :meth:`edgecompile.target.Engine.layers`.
 
@@ -136,22 +178,7 @@ class OrtEngine(OrtSession, Engine):
         and Loop counts for the node that holds it. On a GPU these are the times to launch the kernels.
         """
         oracle.check_feeds(self._graph, feeds)
-        feeds, plain = dict(feeds), []
-        with tempfile.TemporaryDirectory(prefix="edgecompile.") as scratch:
-            session = self._open(profile=str(Path(scratch) / "profile"))
-            try:
-                for _ in range(_WARM_RUNS + repeats):
-                    session.run(self._outputs, feeds)
-                for _ in range(_WARM_RUNS + repeats):
-                    start = time.perf_counter()
-                    self._session.run(self._outputs, feeds)
-                    plain.append((time.perf_counter() - start) * 1e6)
-            except Exception as error:  # ONNX Runtime raises a dozen types of its own
-                raise ort_session.rejected(error, self._blame) from None
-            finally:
-                events = json.loads(Path(session.end_profiling()).read_text())
-        layers = _layers(events, self._nodes, repeats, nested=bool(self.manifest.files))
-        return _without_profiler(layers, float(np.median(plain[-repeats:])))
+        return _of_profile(self.profile(feeds, repeats), self._nodes, nested=bool(self.manifest.files))
 
 
 # -- sessions ----------------------------------------------------------------------------------------------------------
@@ -178,23 +205,6 @@ def _culprit(nodes: Iterable[gs.Node], text: str) -> str:
 
 
 # -- building ----------------------------------------------------------------------------------------------------------
-
-
-def _label(node: gs.Node) -> str:
-    """How a node is called in :attr:`LayerTime.nodes`."""
-    return node.name or node.outputs[0].name
-
-
-def _named(graph: Graph) -> Graph:
-    """A copy in which every node has a name of its own and remembers in its provenance what it was called."""
-    copy = graph.copy()
-    taken: set[str] = set()
-    for node in copy.walk():
-        label = _label(node)
-        origin = provenance(node)
-        node.provenance = Provenance(origin.modules, (label,), origin.metadata)
-        node.name = _unique(label, taken)
-    return copy
 
 
 def _unique(name: str, taken: set[str]) -> str:
@@ -396,6 +406,11 @@ def _topological(nodes: Sequence[gs.Node], keys: Mapping[int, tuple]) -> list[gs
 
 
 # -- profiles ----------------------------------------------------------------------------------------------------------
+
+
+def _of_profile(profile: Mapping[str, Any], nodes: Mapping[str, gs.Node], *, nested: bool) -> list[LayerTime]:
+    """What :meth:`edgecompile.targets.ort_session.OrtSession.profile` returned, attributed to ``nodes``."""
+    return _without_profiler(_layers(profile["events"], nodes, profile["repeats"], nested=nested), profile["plain"])
 
 
 def _layers(events: Iterable[Mapping], nodes: Mapping[str, gs.Node], repeats: int, *, nested: bool) -> list[LayerTime]:

@@ -47,7 +47,7 @@ def test_answers_in_time_without_importing_torch():
 
 def test_sections():
     found = doctor.diagnose()
-    assert [s.title for s in found] == ["machine", "packages", "targets", "runtimes", "gpu", "compilers"]
+    assert [s.title for s in found] == ["machine", "packages", "targets", "gpu", "compilers"]
     for section in found:
         assert section.items
         for item in section.items:
@@ -162,9 +162,34 @@ def test_torch_says_what_it_was_compiled_for(monkeypatch, tmp_path):
 def test_tvm_version_trap(monkeypatch, tmp_path, ffi, works):
     install(monkeypatch, tmp_path, "apache-tvm", "0.27.0.post1")
     install(monkeypatch, tmp_path, "apache-tvm-ffi", ffi)
-    found = lines("runtimes")["tvm"]
+    (tmp_path / "tvm").mkdir()
+    (tmp_path / "tvm" / "__init__.py").write_text("raise RuntimeError('no probe imports it')\n")
+    found = lines("targets")["tvm compiler"]
     assert found.available is works
     assert found.fix == ("" if works else "pip install 'apache-tvm-ffi==0.1.14.post1'")
+    assert f"apache-tvm-ffi {ffi}" in found.detail
+
+
+def test_tensorrt_says_what_there_is_of_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_ROOT", tmp_path)
+    missing = Capability("TensorRT", False, detail="no Python module", fix="install it")
+    assert doctor._tensorrt(missing) == missing
+    (tmp_path / "usr/lib/aarch64-linux-gnu").mkdir(parents=True)
+    (tmp_path / "usr/lib/aarch64-linux-gnu/libnvinfer.so.10").touch()
+    install(monkeypatch, tmp_path, "tensorrt-cu13", "11.4.0")
+    told = doctor._tensorrt(missing).detail
+    assert told == "no Python module; here: tensorrt-cu13 11.4.0, libnvinfer.so.10"
+    works = Capability("TensorRT", True, "10.3.0", "strongly typed on request")
+    assert doctor._tensorrt(works) == works
+
+
+def test_everything_is_said_once():
+    items = [item for section in doctor.diagnose() for item in section.items]
+    names = [item.name.lower() for item in items]
+    assert len(names) == len(set(names))
+    for runtime in ("tensorrt", "tvm"):
+        told = [name for name in names if name.split()[0] == runtime and "linker" not in name and "device" not in name]
+        assert len(told) == 1, told
 
 
 @pytest.mark.parametrize(
@@ -205,10 +230,9 @@ def test_a_probe_that_raises_costs_its_line_only(monkeypatch):
     def bad():
         raise OSError("no such device")
 
-    monkeypatch.setattr(doctor, "_tensorrt", bad)
-    found = lines("runtimes")
-    assert "no such device" in found["bad"].detail
-    assert "tvm" in found
+    monkeypatch.setattr(doctor, "_gpus", bad)
+    assert "no such device" in lines("gpu")["bad"].detail
+    assert "onnxruntime" in lines("targets")
 
 
 def tool(folder: Path, name: str, script: str) -> None:

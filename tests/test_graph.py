@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgecompile import oracle
 from edgecompile.errors import InputError
-from edgecompile.graph import Graph, Provenance, provenance, where
+from edgecompile.graph import Graph, Provenance, named, provenance, where
 
 
 def conv_model(*, external: str | None = None, size: int = 600) -> onnx.ModelProto:
@@ -390,3 +390,15 @@ def test_nodes_without_metadata_belong_with_what_they_work_on_but_only_once(tmp_
     assert provenance(Graph.load(tmp_path / "b.onnx").nodes[1]).modules == (), (
         "what we have written is not guessed anew"
     )
+
+
+def test_named_numbers_doubles_and_remembers_what_nodes_were_called():
+    text = "g (float[1] x) => (float[1] y) { a = Relu(x) b = Relu(a) c = Relu(b) y = Relu(c) }"
+    graph = Graph.from_proto(onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 18]> {text}'))
+    names = ("a", "a_1", "a", "")
+    for node, name in zip(graph.nodes, names, strict=True):
+        node.name = name
+    copy = named(graph)
+    assert [n.name for n in copy.nodes] == ["a", "a_1", "a_2", "y"]
+    assert [provenance(n).sources for n in copy.nodes] == [("a",), ("a_1",), ("a",), ("y",)]
+    assert [n.name for n in graph.nodes] == list(names)

@@ -69,3 +69,17 @@ def test_by_module_adds_up_to_the_whole():
     ]
     total = stats.count(graph)
     assert sum(r.parameters for r in rows) == total.parameters and sum(r.macs or 0 for r in rows) == total.macs
+
+
+def test_shaped_drops_what_is_stale_and_keeps_what_inference_cannot_find():
+    graph = graph_of(
+        "g (float[2,5] a, float[5,7] b) => (float[2,7] y)"
+        " { s = MatMul(a, b) k = Relu(s) t = foreign.Own(k) y = Relu(t) }"
+    )
+    tensors = graph.tensors()
+    tensors["s"].shape, tensors["t"].shape = ["rows", 7], [2, 7]
+    found = stats.shaped(graph).tensors()
+    assert [found[n].shape for n in "skty"] == [[2, 7], [2, 7], [2, 7], [2, 7]]
+    graph.inputs[0].shape = ["N", 5]
+    found = stats.shaped(graph, {"a": np.zeros((4, 5), np.float32)}).tensors()
+    assert [found[n].shape for n in "skt"] == [[4, 7], [4, 7], None], "the shape of t was for another batch"

@@ -581,7 +581,7 @@ def test_missing_provider(tmp_path, provider):
         pytest.skip(f"the {provider} provider is here")
     with pytest.raises(EnvironmentMissing, match=f"no {provider} provider") as caught:
         OrtTarget().build(chain(), tmp_path, {"providers": provider})
-    assert caught.value.fix.startswith("pip install")
+    assert "pip install" in caught.value.fix
 
 
 def test_options_are_recorded_as_resolved(tmp_path):
@@ -592,13 +592,6 @@ def test_options_are_recorded_as_resolved(tmp_path):
     assert "cpu" in manifest.options["providers"].split(",")
     assert "PROVIDER.KEY" not in manifest.options
     assert manifest.versions == {"onnxruntime": ort.__version__}
-
-
-def test_provider_options_reach_the_session(tmp_path):
-    graph = chain()
-    engine = build(graph, tmp_path, **{"cpu.use_arena": "0"})
-    assert engine.manifest.options["cpu.use_arena"] == "0"
-    assert load_again(engine, tmp_path, graph).run(feeds_of(graph))
 
 
 # -- providers that optimise when a session is made --------------------------------------------------------------------
@@ -626,4 +619,4 @@ def test_probe():
     for name in ("cuda", "tensorrt", "openvino"):
         entry = found[f"onnxruntime {name} provider"]
         if ort_session.PROVIDERS[name] not in ort.get_available_providers():
-            assert not entry.available and entry.fix.startswith("pip install")
+            assert not entry.available and "pip install" in entry.fix
