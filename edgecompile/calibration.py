@@ -215,16 +215,17 @@ class Observer:
         zero.
         """
         size = min(values.size, _CHUNK)
-        scaled, index = np.empty(size, np.float32), np.empty(size, np.int64)
+        scaled, steps, index = np.empty(size, np.float32), np.empty(size, np.int32), np.empty(size, np.int64)
         for start in range(0, values.size, _CHUNK):
             chunk = values[start : start + _CHUNK]
             peak = self._add_extremes(chunk)
             if peak and math.frexp(peak)[1] > self._exponent:
                 self._widen(counts, math.frexp(peak)[1])
-            part, place = scaled[: chunk.size], index[: chunk.size]
+            part, whole, place = scaled[: chunk.size], steps[: chunk.size], index[: chunk.size]
             np.multiply(chunk, np.float32(1 / _width(self._exponent)), out=part)
-            np.copyto(place, part, casting="unsafe")  # towards zero
-            place += _ZERO
+            np.copyto(whole, part, casting="unsafe")  # towards zero; to 32 bits, for which CPUs have instructions
+            whole += _ZERO
+            np.copyto(place, whole)
             counts += np.bincount(place, minlength=counts.size)
 
     def _add_channels(self, values: np.ndarray, axis: int) -> None:
@@ -317,11 +318,12 @@ def _entropy(histogram: Histogram, symmetric: bool, bits: int) -> tuple[float, f
         counts[0] = min(counts[0], counts[1])
         end = _end(counts)
         stops = _steps(2 ** (bits - 1), end)
-        best = stops[_first_least(_divergence(counts, np.zeros_like(stops), stops, 2 ** (bits - 1)))]
+        best = stops[_first_least(_Divergence(counts)(np.zeros_like(stops), stops, 2 ** (bits - 1)))]
         return -best * histogram.width, best * histogram.width
     counts, levels = histogram.counts.astype(np.float64), 2**bits
     counts[_ZERO] = min(counts[_ZERO], counts[_ZERO - 1] + counts[_ZERO + 1])
     start, stop = _ZERO - _end(counts[:_ZERO][::-1]), _ZERO + max(_end(counts[_ZERO:]), 1)
+    divergence = _Divergence(counts)
     for side in ("both", "high", "low") if start < _ZERO and stop > _ZERO + 1 else ("both",):
         # A window holds zero and, where that is possible, a bin per level.
         below, above = _ZERO - start, stop - _ZERO
@@ -329,7 +331,7 @@ def _entropy(histogram: Histogram, symmetric: bool, bits: int) -> tuple[float, f
         reach = _steps(least, {"both": max(below, above), "high": above, "low": below}[side])
         starts = _ZERO - (np.minimum(reach, below) if side != "high" else np.full_like(reach, below))
         stops = _ZERO + (np.minimum(reach, above) if side != "low" else np.full_like(reach, above))
-        best = _first_least(_divergence(counts, starts, stops, levels))
+        best = _first_least(divergence(starts, stops, levels))
         start, stop = int(starts[best]), int(stops[best])
     return (start - 1 - _ZERO) * histogram.width, (stop - _ZERO) * histogram.width
 
@@ -350,35 +352,49 @@ def _first_least(values: np.ndarray) -> int:
     return int(np.argmin(values))
 
 
-def _divergence(counts: np.ndarray, starts: np.ndarray, stops: np.ndarray, levels: int) -> np.ndarray:
-    """Kullback-Leibler divergence for windows ``[start, stop)`` of bins, quantised to ``levels``; float64 [windows].
+class _Divergence:
+    """Kullback-Leibler divergence of windows of a histogram from their quantised forms.
 
     The reference is the window with all that lies outside added to its outermost bins. Its quantised form spreads what
     each level holds of the window alone evenly over the occupied bins of the level. Every sum runs over a stretch of
     bins, so differences of cumulated sums give it without touching the bins of each window.
+
+    Args:
+        counts: float64 [bins].
     """
-    mass = np.concatenate([[0.0], np.cumsum(counts)])
-    occupied = np.concatenate([[0], np.cumsum(counts > 0)])
-    information = np.concatenate([[0.0], np.cumsum(_xlogx(counts))])
-    total = mass[-1]
-    if not total:
-        return np.zeros(len(starts))
-    spread = np.arange(levels + 1) * (stops - starts)[:, None]
-    edges = starts[:, None] - (-spread // levels)
-    inside, bins = np.diff(mass[edges]), np.diff(occupied[edges])
-    left, right = mass[starts], total - mass[stops]
-    first, last = counts[starts], counts[stops - 1]
-    bins[:, 0] += (left > 0) & (first == 0)
-    bins[:, -1] += (right > 0) & (last == 0)
-    reference = inside.copy()
-    reference[:, 0] += left
-    reference[:, -1] += right
-    own = information[stops] - information[starts]
-    own += _xlogx(first + left) - _xlogx(first) + _xlogx(last + right) - _xlogx(last)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        levels_log = np.where(reference > 0, reference * np.log(np.maximum(inside, _EMPTY) / bins), 0.0).sum(1)
-        found = (own - levels_log) / total - math.log(total) + np.log(inside.sum(1))
-    return np.where(np.isnan(found), np.inf, found)
+
+    def __init__(self, counts: np.ndarray):
+        self._counts = counts
+        self._mass, self._occupied, self._information = (
+            np.concatenate([[0.0], np.cumsum(x)]) for x in (counts, counts > 0, _xlogx(counts))
+        )
+
+    def __call__(self, starts: np.ndarray, stops: np.ndarray, levels: int) -> np.ndarray:
+        """The divergence of windows ``[start, stop)`` of bins that become ``levels``; float64 [windows]."""
+        counts, mass, information, total = self._counts, self._mass, self._information, self._mass[-1]
+        if not total:
+            return np.zeros(len(starts))
+        edges = starts[:, None] - (np.multiply.outer(starts - stops, np.arange(levels + 1)) // levels)
+        bounds = mass.take(edges)
+        inside = bounds[:, 1:] - bounds[:, :-1]
+        bounds = self._occupied.take(edges)
+        bins = bounds[:, 1:] - bounds[:, :-1]
+        left, right = mass[starts], total - mass[stops]
+        first, last = counts[starts], counts[stops - 1]
+        bins[:, 0] += (left > 0) & (first == 0)
+        bins[:, -1] += (right > 0) & (last == 0)
+        own = information[stops] - information[starts]
+        own += _xlogx(first + left) - _xlogx(first) + _xlogx(last + right) - _xlogx(last)
+        kept = inside.sum(1)
+        logs = np.maximum(inside, _EMPTY)
+        np.maximum(bins, 1.0, out=bins)  # an empty level weighs nothing, unless clipped values meet it
+        logs /= bins
+        np.log(logs, out=logs)
+        inside[:, 0] += left
+        inside[:, -1] += right
+        with np.errstate(divide="ignore", invalid="ignore"):
+            found = (own - np.einsum("ij,ij->i", inside, logs)) / total - math.log(total) + np.log(kept)
+        return np.where(np.isnan(found), np.inf, found)
 
 
 def _xlogx(values: np.ndarray) -> np.ndarray:
@@ -911,12 +927,8 @@ class _Entry:
     def __init__(self, folder: Path, graph: str, data: str):
         runtime = importlib.metadata.version("onnxruntime") if importlib.util.find_spec("onnxruntime") else ""
         self._facts = {"graph": graph, "data": data, "onnxruntime": runtime, "numpy": np.__version__}
-        self._path = folder / f"{_digest([SCHEMA, self._facts])}.json"
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise cannot_write(folder, error) from None
-        self._content: dict[str, Any] = _read_entry(self._path, self._facts) or {
+        self._path = entry_path(folder, SCHEMA, self._facts)
+        self._content: dict[str, Any] = read_entry(self._path, self._facts) or {
             "schema": SCHEMA, "facts": self._facts, "samples": 0, "statistics": [], "unfinished": None,
         }  # fmt: skip
 
@@ -955,13 +967,30 @@ class _Entry:
 
     def _write(self, **changes: Any) -> None:
         self._content |= changes
-        content = self._content | {"sha256": _digest(self._content)}
-        with contextlib.suppress(InputError):  # a full disk must not cost the result
-            write_atomic(self._path, [json.dumps(content).encode()])
+        write_entry(self._path, self._content)
 
 
-def _read_entry(path: Path, facts: Mapping[str, str]) -> dict[str, Any] | None:
-    """The content of an entry; None if it is missing, damaged, or of something else."""
+def entry_path(folder: Path, schema: str, facts: Mapping[str, str]) -> Path:
+    """Where an entry about these facts is kept.
+
+    Raises:
+        InputError: the folder does not exist and cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    return folder / f"{_digest([schema, facts])}.json"
+
+
+def write_entry(path: Path, content: Mapping[str, Any]) -> None:
+    """Write an entry with the digest of its content; a full disk is passed over, since it must not cost the result."""
+    with contextlib.suppress(InputError):
+        write_atomic(path, [json.dumps({**content, "sha256": _digest(content)}).encode()])
+
+
+def read_entry(path: Path, facts: Mapping[str, str]) -> dict[str, Any] | None:
+    """The content of an entry; None if it is missing, damaged, or about something else."""
     try:
         content = json.loads(path.read_bytes())
         digest = content.pop("sha256")

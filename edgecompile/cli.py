@@ -116,6 +116,10 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
 @click.option(
     "--min-snr", type=float, metavar="DB", help="Least signal-to-noise ratio below fp32; layers are reverted."
 )
+@click.option(
+    "--max-drop", metavar="0.5%", help="Most that the score of evaluate(run) may fall below fp32; layers are reverted. "
+    "With %, that share of the fp32 score; without, in the unit of the score.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Keep int8 or fp16 even if it is not faster than fp32.")
 @click.option("--strict", is_flag=True, help="Stop when a pass fails, instead of going on without it.")
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
@@ -135,14 +139,16 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
 
     given = _with_config(ctx, config, given)
     recorded: dict[str, Any] = {}
+    before = ""
     if bundle.is_bundle(given["source"]):  # finish it, or build it again, as it was
-        before = bundle.Bundle.open(given["source"]).manifest
+        manifest = bundle.Bundle.open(given["source"]).manifest
+        before = str(manifest.get("passes", ""))
         for name in ("target", "precision"):
             where = ctx.get_parameter_source(name)
             if where is not None and where.name == "DEFAULT":
-                given[name] = before[name]
-        if given["target"] == before["target"]:
-            recorded = before["engine"]["options"]
+                given[name] = manifest[name]
+        if given["target"] == manifest["target"]:
+            recorded = manifest["engine"]["options"]
         given["output"], given["passes"] = given["output"] or Path(given["source"]), given["passes"] or ""
     if given["dynamic"] and "dynamic" in registry.target(given["target"]).options:
         recorded = {**recorded, "dynamic": ",".join(given["dynamic"])}
@@ -155,14 +161,16 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
         seed=given["seed"],
         target_options={**recorded, **dict(pair(o) for o in given["target_options"])},
         prepare=given["prepare"],
+        before=before,
         calib=given["calib"],
         preprocess=files.load_preprocess(config) if config else None,
         calib_memory=files.size(given["calib_memory"], "--calib-memory") if given["calib_memory"] else None,
         min_snr=given["min_snr"],
+        max_drop=None if given["max_drop"] is None else files.drop(given["max_drop"], "--max-drop"),
         force=given["force"],
     )
     if options.passes is None and not bundle.is_bundle(given["source"]):
-        driver.pipeline_spec(options)  # a wrong target or precision fails before the export
+        driver.check(given["source"], options)  # what cannot be built fails before the export
     with terminal.progress() as say, opened(given, say) as source:
         made = driver.build(source, given["output"] or driver.default_output(source.name), options, say)
     if made.prepared:
@@ -469,7 +477,9 @@ def _with_config(ctx: click.Context, config: Path | None, given: dict[str, Any])
         p.name: p for p in ctx.command.params if isinstance(p, click.Option) and p.name not in ("config", "as_json")
     }
     keys = {name: max(p.opts, key=len).lstrip("-") for name, p in names.items() if name}
-    table = files.load(config, "build", tuple(keys.values()))
+    underscored = {key.replace("-", "_"): key for key in keys.values()}  # as the keys of other tables are written
+    table = files.load(config, "build", tuple(dict.fromkeys([*keys.values(), *underscored])))
+    table = {underscored.get(key, key): value for key, value in table.items()}
     for name, key in keys.items():
         source = ctx.get_parameter_source(name)
         if key in table and source is not None and source.name == "DEFAULT":

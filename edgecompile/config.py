@@ -6,6 +6,7 @@
 
     [build]                         # the options of `edgecompile build`, by their names there
     target = "ort"
+    max_drop = "0.5%"               # of the score of evaluate(run), or 0.005 in its own unit
 
     [preprocess]                    # how images become inputs, see edgecompile.calibration_data.Preprocess
     size = [224, 224]
@@ -64,6 +65,7 @@ from edgecompile.fingerprint import FACTS, PREFIXES, Fingerprint
 
 if TYPE_CHECKING:
     from edgecompile.calibration_data import Preprocess
+    from edgecompile.pipeline import Drop
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -228,6 +230,20 @@ def fraction(value: Any, where: str, high: float = math.inf) -> float:
     if number is None:
         number = float(_quantity(value, where, "a fraction", _PERCENT, example))
     return _within(number, value, where, example, high=high)
+
+
+def drop(value: Any, where: str) -> Drop:
+    """The most that a score may fall: ``"0.5%"``, a share of it, or ``0.005``, in its own unit.
+
+    Raises:
+        InputError: it is something else, or negative.
+    """
+    from edgecompile.pipeline import Drop
+
+    try:
+        return Drop(value.replace(" ", "") if isinstance(value, str) else f"{_number(value)}")
+    except ValueError:
+        raise _wrong(value, where, "a drop of a score", '"0.5%" of the score, or 0.005 in its own unit') from None
 
 
 def on_inconclusive(value: Any, where: str) -> tuple[str, int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import random
+import re
 import shlex
 import sys
 import tempfile
@@ -14,14 +15,25 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecompile import __version__, bundle, calibration_data, frontend, measure, oracle, registry, report, stats
+from edgecompile import (
+    __version__,
+    bundle,
+    calibration,
+    calibration_data,
+    frontend,
+    measure,
+    oracle,
+    registry,
+    report,
+    stats,
+)
 from edgecompile.bundle import Bundle
 from edgecompile.errors import EnvironmentMissing, InputError, ParityError
 from edgecompile.files import new_folder, write_atomic
 from edgecompile.frontend import Source
 from edgecompile.graph import Graph
 from edgecompile.oracle import OutputError, Outputs
-from edgecompile.pipeline import Pipeline, Step
+from edgecompile.pipeline import ANY_DROP, Drop, Pipeline, Step, Trace
 from edgecompile.target import Engine, EngineManifest, LayerTime, Target
 
 if TYPE_CHECKING:
@@ -50,9 +62,11 @@ class Options:
             model's file.
         preprocess: how images become inputs, for a folder of images.
         min_snr: least signal-to-noise ratio in dB that the passes of the precision may leave, None for their own.
+        max_drop: most that the score of ``evaluate(run)`` may fall by the passes of the precision, None for their own.
         calib_memory: bytes that calibration may take for activations, None for the pass's own.
         force: keep an engine of lower precision even if it is slower than that of the precision it came from.
         prepare: do everything but the target's own build, which another machine will do.
+        before: passes that the source has been through, where it is a bundle.
     """
 
     target: str = "ort"
@@ -66,9 +80,11 @@ class Options:
     calib: str | None = None
     preprocess: Preprocess | None = None
     min_snr: float | None = None
+    max_drop: Drop | None = None
     calib_memory: int | None = None
     force: bool = False
     prepare: bool = False
+    before: str = ""
 
 
 def pipeline_spec(options: Options) -> str:
@@ -81,12 +97,48 @@ def pipeline_spec(options: Options) -> str:
         return options.passes
     target = registry.target(options.target)
     if options.precision not in target.pipelines:
+        others = [n for n in registry.target_names() if options.precision in registry.target(n).pipelines]
         raise InputError(
             f"target {options.target} cannot build {options.precision}",
             f"it builds {', '.join(target.pipelines)}",
-            "choose another --precision",
+            f"choose another --precision{''.join(f', or --target {n}' for n in others)}",
         )
     return target.pipelines[options.precision]
+
+
+def check(source: str, options: Options) -> None:
+    """Refuse what can be seen to be impossible before the source is loaded.
+
+    Raises:
+        InputError: the target has no such precision, or a score is to be kept and the source cannot have one.
+    """
+    if not _keeps_score(_pipeline(options)):
+        return
+    path = Path(re.sub(r"\.py:[^/]*$", ".py", source))
+    if path.suffix == ".py" and path.is_file():
+        content = path.read_bytes()
+        if b"evaluate" in content or b"import *" in content:
+            return
+    elif path.suffix == ".py":
+        return  # loading it says what is wrong
+    raise _no_score(source)
+
+
+def _pipeline(options: Options) -> Pipeline:
+    spec = pipeline_spec(options)
+    return _with_budgets(Pipeline.parse(spec) if spec else Pipeline(()), options)
+
+
+def _keeps_score(pipeline: Pipeline) -> bool:
+    return any(getattr(p, "max_drop", ANY_DROP).limited for p in pipeline.passes)
+
+
+def _no_score(source: str) -> InputError:
+    return InputError(
+        "--max-drop needs a score", f"{source} defines no evaluate(run)",
+        "write it in model.py: def evaluate(run): return (run(images).argmax(1) == labels).float().mean(); run takes "
+        "what example_inputs() gives; or keep a --min-snr instead",
+    )  # fmt: skip
 
 
 def default_output(name: str) -> Path:
@@ -143,21 +195,30 @@ def _build(
 ) -> Bundle:
     target = registry.target(options.target)
     spec = pipeline_spec(options)
-    pipeline = _with_budgets(Pipeline.parse(spec) if spec else Pipeline(()), options)
+    pipeline = _pipeline(options)
+    if _keeps_score(pipeline) and (source.file is None or "evaluate" not in source.file.defines):
+        raise _no_score(source.name)
+    done = ",".join(filter(None, (options.before, str(pipeline))))
     clock = _Clock()
     graph = source.graph.copy()
     stages: list[tuple[Step, Graph]] = []
     with new_folder(out) as folder, tempfile.TemporaryDirectory(prefix="edgecompile-") as scratch:
         data = _calibration(source, pipeline, options, Path(scratch) / "calibration", say)
-        with clock("passes"):
-            trace = pipeline.run(
-                graph,
-                source.feeds,
-                strict=options.strict,
-                progress=say,
-                on_step=lambda step, after: stages.append((step, after.copy())) if step.rewrites else None,
-                calibration=data,
-            )
+        with clock("passes"), _scorer(source, pipeline, Path(scratch) / "score", say) as scorer:
+            try:
+                trace = pipeline.run(
+                    graph,
+                    source.feeds,
+                    strict=options.strict,
+                    progress=say,
+                    on_step=lambda step, after: stages.append((step, after.copy())) if step.rewrites else None,
+                    calibration=data,
+                    evaluate=scorer,
+                    cache=calibration.cache_folder(),
+                )
+            finally:
+                if scorer is not None and scorer.failure is not None:
+                    raise scorer.failure
         files = [f.name for f in graph.save(folder / bundle.MODEL)]
         if options.prepare or target.missing() is not None:
             say(f"preparing for {options.target}")
@@ -172,14 +233,14 @@ def _build(
                 problems={version: [str(p) for p in found] for version, found in prepared.problems.items()},
                 name=source.name,
                 precision=options.precision,
-                passes=str(pipeline),
+                passes=done,
                 digest=graph.digest(),
                 versions={"edgecompile": __version__, **source.versions},
             )
             return Bundle(out, manifest)
         say(f"building the {options.target} engine")
         with clock("build"):
-            engine = target.build(graph, folder, options.target_options)
+            engine = target.build(graph, folder, options.target_options, say)
         say("checking parity")
         with clock("parity"):
             reference = source.reference or tuple(oracle.run(source.graph, f) for f in source.feeds)
@@ -201,12 +262,15 @@ def _build(
                 accuracy = frontend.evaluate(
                     source.file, folder, engine.manifest, folder=Path(scratch) / "evaluate", progress=say
                 )
-        latency, layers = [], []
+        latency, layers, saved = [], [], {}
         if options.bench:
             with clock("measure"):
-                latency = _measure(target, engine, graph, folder, source, stages, options, Path(scratch), say)
+                arms = _arms(target, source, stages, options, Path(scratch), say)
+                arms["engine"] = (graph, folder, engine.manifest)
+                latency = _measure(target, engine, arms, source, options, say)
                 say("profiling layers")
                 layers = engine.layers(source.feeds[0])
+                saved = _saved(target, arms, stages, trace, layers, source.feeds[0])
         warnings = [f"{instead_of.why}; this is fp32 (--force keeps {instead_of.precision})"] if instead_of else []
         warnings += [elsewhere] if elsewhere else []
         if data is not None and data.random:
@@ -228,6 +292,7 @@ def _build(
             latency=latency,
             accuracy=accuracy,
             layers=layers,
+            saved=saved,
             engine=engine.manifest,
             machine=measure.machine(),
             seconds=clock.seconds,
@@ -245,7 +310,7 @@ def _build(
             engine.manifest,
             name=source.name,
             precision=options.precision,
-            passes=str(pipeline),
+            passes=done,
             digest=graph.digest(),
             versions={"edgecompile": __version__, **source.versions, **engine.manifest.versions},
         )
@@ -254,10 +319,22 @@ def _build(
 
 def _with_budgets(pipeline: Pipeline, options: Options) -> Pipeline:
     """The passes that have a budget, with that of the options."""
-    wanted = {"min_snr": options.min_snr, "memory": options.calib_memory}
+    wanted = {"min_snr": options.min_snr, "max_drop": options.max_drop, "memory": options.calib_memory}
     passes: list[Any] = list(pipeline.passes)
     given = {name: value for name, value in wanted.items() if value is not None}
     return Pipeline(tuple(replace(p, **{k: v for k, v in given.items() if hasattr(p, k)}) for p in passes))
+
+
+@contextlib.contextmanager
+def _scorer(
+    source: Source, pipeline: Pipeline, folder: Path, say: Callable[[str], None]
+) -> Iterator[frontend.Scorer | None]:
+    """What scores graphs, None if no pass keeps a score."""
+    if source.file is None or not _keeps_score(pipeline):
+        yield None
+        return
+    with frontend.scorer(source.file, folder=folder, cache=calibration.cache_folder(), progress=say) as scorer:
+        yield scorer
 
 
 def _calibration(
@@ -278,6 +355,47 @@ def _calibration(
 _CALIBRATED = {"cast": False, "quantize": True}  # pass that uses calibration data -> whether it needs it
 
 
+def _before(arms: Mapping[str, Any], stages: Sequence[tuple[Step, Graph]]) -> str | None:
+    """The arm whose precision was lowered: what the passes before the first inexact one left."""
+    inexact = next((i for i, (step, _) in enumerate(stages) if not step.exact), None)
+    return None if inexact is None or not arms else list(arms)[inexact]  # the plain export comes first
+
+
+def _saved(
+    target: Target,
+    arms: Mapping[str, _Arm],
+    stages: Sequence[tuple[Step, Graph]],
+    trace: Trace,
+    layers: Sequence[LayerTime],
+    feeds: Outputs,
+) -> dict[int, float]:
+    """Microseconds that int8 saves in the kernels that hold a layer, by the layer's position in the table's graph.
+
+    A layer has none where a kernel holds several layers, or none could be named.
+    """
+    before = _before(arms, stages)
+    if trace.sensitivity is None or before is None:
+        return {}
+    graph, place, manifest = arms[before]
+    engine = target.load(place, manifest, graph)
+    was = engine.layers(feeds)
+    engine.close()
+    named = {row.name: row for row in trace.sensitivity.table}
+
+    def spent(found: Sequence[LayerTime]) -> dict[str, float]:
+        times: dict[str, float] = {}
+        shared: set[str] = set()
+        for layer in found:
+            held = named.keys() & layer.nodes
+            shared |= held if len(held) > 1 else set()
+            for name in held:
+                times[name] = times.get(name, 0.0) + layer.microseconds
+        return {name: time for name, time in times.items() if name not in shared}
+
+    old, new = spent(was), spent(layers)
+    return {named[n].position: old[n] - new[n] for n in old.keys() & new.keys() if not named[n].reverted}
+
+
 def _slower(
     arms: Mapping[str, measure.Samples],
     stages: Sequence[tuple[Step, Graph]],
@@ -285,10 +403,9 @@ def _slower(
     options: Options,
 ) -> str:
     """Why an engine of lower precision is not worth having, ``""`` if it is or nothing was measured."""
-    inexact = next((i for i, (step, _) in enumerate(stages) if not step.exact), None)
-    if not arms or inexact is None:
+    before = _before(arms, stages)
+    if before is None:
         return ""
-    before = list(arms)[inexact]  # the plain export comes first, so this is what the passes before it left
     found = measure.ratio(arms["engine"], arms[before])
     if found.value < 1:
         return ""
@@ -314,23 +431,34 @@ def _require_parity(errors: Mapping[str, OutputError], tolerance: float, source:
             )
 
 
-def _measure(
+_Arm = tuple[Graph, Path, EngineManifest]
+
+
+def _arms(
     target: Target,
-    engine: Engine,
-    lowered: Graph,
-    folder: Path,
     source: Source,
     stages: Sequence[tuple[Step, Graph]],
     options: Options,
     scratch: Path,
     say: Callable[[str], None],
-) -> list[tuple[str, measure.Samples]]:
-    """Time the engine, the plain export and what each pass left, interleaved; the plain export first."""
+) -> dict[str, _Arm]:
+    """Engines to compare with: the plain export first, then what each pass but the last left."""
     arms = {"plain export": (source.graph, *_lowered(target, source.graph, options, scratch / "plain", say))}
     for number, (step, graph) in enumerate(stages[:-1]):
         label = step.spec if step.spec not in arms else f"{step.spec} (pass {number + 1})"
         arms[label] = (graph, *_lowered(target, graph, options, scratch / str(number), say))
-    arms["engine"] = (lowered, folder, engine.manifest)
+    return arms
+
+
+def _measure(
+    target: Target,
+    engine: Engine,
+    arms: Mapping[str, _Arm],
+    source: Source,
+    options: Options,
+    say: Callable[[str], None],
+) -> list[tuple[str, measure.Samples]]:
+    """Time all arms, interleaved."""
     feeds: Outputs = source.feeds[0]
     order = random.Random(options.seed)
 
@@ -361,7 +489,7 @@ def _lowered(
     """Lower a graph that is only to be compared with."""
     say("building an engine to compare with")
     folder.mkdir()
-    engine = target.build(graph, folder, options.target_options)
+    engine = target.build(graph, folder, options.target_options, say)
     graph.save(folder / bundle.MODEL)
     engine.close()
     return folder, engine.manifest

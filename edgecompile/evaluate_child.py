@@ -3,6 +3,9 @@
 The function is called twice, with nothing changed but what ``run`` computes with: first the engine of a bundle, then
 the module itself. The first score is the result; the second is there to compare it with, and is left out with a note
 where it cannot be had. The request is that of an export, with the folder of the bundle and what its engine is.
+
+Without a bundle, it scores graphs for passes that keep a score: each line on stdin names one, and a file is written for
+each answer, until stdin ends.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ if __name__ == "__main__":
     _CWD = sys.path.pop(0)  # as in edgecompile.export_child
 
 import dataclasses
+import json
 import math
+import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,13 +27,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgecompile import export_child, oracle, registry
+from edgecompile import export_child, oracle, qdq, registry
 from edgecompile.blame import User
 from edgecompile.bundle import Bundle
 from edgecompile.errors import InputError
-from edgecompile.graph import Port
+from edgecompile.files import write_atomic
+from edgecompile.graph import Graph, Port
 from edgecompile.oracle import Feeds, Outputs
-from edgecompile.target import Engine
 
 if TYPE_CHECKING:
     from edgecompile.ladder import Call
@@ -141,14 +146,14 @@ def _listed(values: Sequence[Any]) -> str:
 # -- what run computes with --------------------------------------------------------------------------------------------
 
 
-def on_engine(engine: Engine, ports: Sequence[Port]) -> Callable[[Call], list[np.ndarray]]:
-    """Calls of the engine; ``ports`` are its inputs."""
+def on_engine(run: Callable[[Feeds], Outputs], ports: Sequence[Port]) -> Callable[[Call], list[np.ndarray]]:
+    """Calls of an engine, given its function from feeds to outputs and its inputs."""
     known = {p.name: p for p in ports}
 
     def compute(call: Call) -> list[np.ndarray]:
         feeds = {n: _array(t, f"input {n!r}") for n, t in zip(call.names, call.tensors, strict=True) if n in known}
         parts, batch = split(feeds, ports)
-        return list(join([engine.run(part) for part in parts], batch).values())
+        return list(join([run(part) for part in parts], batch).values())
 
     return compute
 
@@ -264,7 +269,8 @@ def scores(
     return {"engine": engine, "reference": reference, "note": note}
 
 
-def _score(evaluate: Callable[[Any], Any], run: Run, user: User, seed: int, on: str) -> float:
+def _score(evaluate: Callable[[Any], Any], run: Run, user: User, seed: int, on: str, finite: bool = True) -> float:
+    """What ``evaluate`` returns; a number that is not finite is an error, or if it need not be, minus infinity."""
     import torch
 
     from edgecompile import ladder
@@ -275,6 +281,8 @@ def _score(evaluate: Callable[[Any], Any], run: Run, user: User, seed: int, on: 
     with ladder.user_code(user, f"evaluate() was called with {on}"):
         found = evaluate(run)
     value = found.item() if getattr(found, "ndim", None) == 0 else found
+    if isinstance(value, float) and not math.isfinite(value) and not finite:
+        return -math.inf
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         shown = str(value) if isinstance(value, float) else f"a {type(found).__name__}"
         raise InputError(
@@ -303,33 +311,73 @@ def _same_module(example: Call, probe: Feeds, wanted: Feeds) -> None:
             )
 
 
-def _evaluate(request: Mapping[str, Any], folder: Path, say: export_child.Say) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """The user's file, its function, whose lines errors name, and the module with its example inputs."""
+
+    evaluate: Callable[[Any], Any]
+    user: User
+    example: Call
+    constants: Sequence[Any]
+
+
+def _open(request: Mapping[str, Any], say: export_child.Say) -> _Opened:
     say("importing torch")
     import torch
 
     from edgecompile import ladder
     from edgecompile.frontend import InputSpec
 
-    path, seed = Path(request["path"]), request["seed"]
-    torch.manual_seed(seed)  # the weights that model() draws are those of the export
+    path = Path(request["path"])
+    torch.manual_seed(request["seed"])  # the weights that model() draws are those of the export
     say(f"loading {path.name}")
     file, user = export_child.open_file(path)
     specs = {n: InputSpec(tuple(shape), dtype) for n, (shape, dtype) in request["inputs"].items()}
     module, args, kwargs = export_child.from_file(file, user, request, specs)
     module = getattr(module, "_orig_mod", module)  # of torch.compile; the export is of what it wraps
-    example, constants = ladder.Call.bind(module, args, kwargs, user), constants_of(args, kwargs)
+    example = ladder.Call.bind(module, args, kwargs, user)
+    return _Opened(vars(file)["evaluate"], user, example, constants_of(args, kwargs))
+
+
+def _engine(request: Mapping[str, Any], folder: Path, say: export_child.Say) -> dict[str, Any]:
+    """Score the engine of a bundle and the module."""
+    opened = _open(request, say)
     made = Bundle(Path(request["bundle"]), {"engine": request["engine"]})
     graph = made.graph()
     engine = registry.target(request["engine"]["target"]).load(made.path, made.engine_manifest, graph)
 
     def module_run(until: float) -> Run:
-        with ladder.user_code(user, "the module was run", module):
-            module.eval()
-            _same_module(example, *made.probe())
-        return Run(example, constants, on_module, until)
+        from edgecompile import ladder
 
-    run = Run(example, constants, on_engine(engine, graph.signature().inputs))
-    return scores(vars(file)["evaluate"], user, run, module_run, seed=seed, say=say)
+        with ladder.user_code(opened.user, "the module was run", opened.example.module):
+            opened.example.module.eval()
+            _same_module(opened.example, *made.probe())
+        return Run(opened.example, opened.constants, on_module, until)
+
+    run = Run(opened.example, opened.constants, on_engine(engine.run, graph.signature().inputs))
+    return scores(opened.evaluate, opened.user, run, module_run, seed=request["seed"], say=say)
+
+
+def _graphs(request: Mapping[str, Any], folder: Path, say: export_child.Say) -> dict[str, Any]:
+    """Score one graph after the other; the first is the model before, whose score must be finite."""
+    asked = os.fdopen(os.dup(0), "rb")
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)  # the user's code may read what it likes there
+    opened = _open(request, say)
+    for number, line in enumerate(asked):
+        name, simulate, answer = json.loads(line)
+        graph = Graph.load(folder / name)
+        run = (qdq.simulation if simulate else qdq.kernels)(graph)
+        engine_run = Run(opened.example, opened.constants, on_engine(run, graph.signature().inputs))
+        on = "a graph of lower precision" if number else "the model as a graph"
+        found = _score(opened.evaluate, engine_run, opened.user, request["seed"], on, finite=not number)
+        write_atomic(folder / answer, [json.dumps(found).encode()])
+        say("")  # wakes who waits for the answer
+    return {}
+
+
+def _evaluate(request: Mapping[str, Any], folder: Path, say: export_child.Say) -> dict[str, Any]:
+    return (_engine if "bundle" in request else _graphs)(request, folder, say)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ import codecs
 import contextlib
 import dataclasses
 import difflib
+import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -19,7 +21,7 @@ import selectors
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +44,7 @@ Progress = Callable[[str], None]
 
 _SOURCES = "SOURCE is a zoo name, model.py, model.py:FACTORY, a .onnx file, or a .pt2 file"
 DTYPES = ("float32", "float16", "float64", "int64", "int32", "int16", "int8", "uint8", "bool")
+_SCORES = "edgecompile.scores/1"
 _KEPT_OUTPUT = 64 << 10  # bytes of what the user's code prints that are kept for the case of a failure
 
 
@@ -310,6 +313,92 @@ def evaluate(
     return Accuracy(**_run_child(_EVALUATION, request, folder, progress))
 
 
+@contextlib.contextmanager
+def scorer(
+    file: UserFile, *, folder: Path, cache: Path | None = None, progress: Progress | None = None
+) -> Iterator[Scorer]:
+    """A function from graphs to scores, by the ``evaluate(run)`` of the user's file.
+
+    Args:
+        file: the file; it defines ``evaluate``.
+        folder: a scratch folder, used by nothing else.
+        cache: folder that keeps scores.
+        progress: as for :func:`load`.
+
+    Raises:
+        InputError: the user's code fails (named by file and line).
+    """
+    with _started(_SCORING, dict(file.request), folder, progress) as child:
+        yield Scorer(child, file, cache)
+
+
+class Scorer:
+    """Scores of graphs by the user's ``evaluate(run)``, in one process that imports and loads once.
+
+    A score is kept under the graph, the user's file and the versions. What ``evaluate`` reads besides is not known, so
+    kept scores count only if the first graph scores as it did.
+
+    Attributes:
+        failure: why a graph could not be scored, None if all could.
+    """
+
+    def __init__(self, child: _Child, file: UserFile, cache: Path | None):
+        self._child, self._asked, self._cache = child, 0, cache
+        content = hashlib.sha256(Path(file.request["path"]).read_bytes()).hexdigest()
+        names = ("edgecompile", "onnxruntime", "torch", "numpy")
+        versions = {n: importlib.metadata.version(n) for n in names if importlib.util.find_spec(n)}
+        self._facts = {"file": content, "request": json.dumps(file.request, sort_keys=True), **versions}
+        self._known: dict[str, float] | None = None
+        self.failure: errors.EdgecompileError | None = None
+
+    def __call__(self, graph: Graph, simulate: bool) -> float:
+        """The score of a graph, minus infinity if it is not finite.
+
+        Args:
+            graph: with the inputs and outputs of the model.
+            simulate: each operator by itself, else with fused kernels.
+
+        Raises:
+            InputError: the user's code fails (named by file and line).
+        """
+        from edgecompile import calibration
+
+        key = f"{graph.digest()} {'simulated' if simulate else 'fused'}"
+        if self._known is not None and key in self._known:
+            return self._known[key]
+        try:
+            score = self._ask(graph, simulate)
+        except errors.EdgecompileError as error:
+            self.failure = error
+            raise
+        path = None if self._cache is None else calibration.entry_path(self._cache, _SCORES, self._facts)
+        known = self._known
+        if known is None:
+            kept = (calibration.read_entry(path, self._facts) or {}).get("scores", {}) if path else {}
+            self._known = known = kept if kept.get(key) == score else {}
+        known[key] = score
+        if path is not None:
+            calibration.write_entry(path, {"schema": _SCORES, "facts": self._facts, "scores": known})
+        return score
+
+    def _ask(self, graph: Graph, simulate: bool) -> float:
+        self._asked += 1
+        name, process = f"graph{self._asked}.onnx", self._child.process
+        answer = self._child.folder / f"score{self._asked}.json"
+        files = graph.save(self._child.folder / name)
+        answer.unlink(missing_ok=True)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended, and its answer says why
+            process.stdin.write(json.dumps([name, simulate, answer.name]).encode() + b"\n")
+            process.stdin.flush()
+        self._child.follow(answer.exists)
+        for file in files:
+            file.unlink()
+        if not answer.exists():
+            self._child.answer()
+        return json.loads(answer.read_text())
+
+
 def calibration_data(file: UserFile, inputs: Sequence[Port], *, folder: Path, progress: Progress | None = None) -> Path:
     """Read ``calibration_data()`` of the user's file into an ``.npz`` file.
 
@@ -461,12 +550,13 @@ def _check_source(source: str, path: str, kind: str | None) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What a child process does: its module, the word for it, and what helps when the process dies."""
+    """What a child process does: its module, the word for it, what helps when it dies, and whether it is asked more."""
 
     module: str
     word: str
     crashed: str
     out_of_memory: str
+    asked: bool = False
 
 
 _EXPORT = _Job(
@@ -478,6 +568,7 @@ _EVALUATION = _Job(
     "read the data piece by piece, or use a larger machine",
 )  # fmt: skip
 
+_SCORING = dataclasses.replace(_EVALUATION, asked=True)
 _CALIBRATION = _Job(
     "edgecompile.calibration_child", "reading of calibration data", "run calibration_data() in Python to see where",
     "yield smaller samples, or use a larger machine",
@@ -486,18 +577,24 @@ _CALIBRATION = _Job(
 
 def _run_child(job: _Job, request: dict[str, Any], folder: Path, progress: Progress | None) -> dict[str, Any]:
     """Run a job on a request and return its result; the child never outlives the call."""
+    with _started(job, request, folder, progress) as child:
+        return child.answer()
+
+
+@contextlib.contextmanager
+def _started(job: _Job, request: dict[str, Any], folder: Path, progress: Progress | None) -> Iterator[_Child]:
+    """Start a job on a request; the child never outlives the context."""
     folder.mkdir(parents=True, exist_ok=True)
-    result, crash = folder / "result.json", folder / "crash.txt"
-    for stale in (result, crash):
+    for stale in (folder / "result.json", folder / "crash.txt"):
         stale.unlink(missing_ok=True)
     reader, writer = os.pipe()
     request_file = folder / "request.json"
     request_file.write_text(json.dumps({**request, "folder": str(folder.resolve()), "progress": writer}))
     command = [sys.executable, "-m", job.module, str(request_file.resolve())]
     try:
-        child = subprocess.Popen(
+        process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE if job.asked else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=(writer,),
@@ -505,61 +602,78 @@ def _run_child(job: _Job, request: dict[str, Any], folder: Path, progress: Progr
         )
     finally:
         os.close(writer)
+    assert process.stdout is not None
     try:
-        printed = _follow(child, reader, progress)
-        child.wait()
+        with selectors.DefaultSelector() as selector:
+            child = _Child(job, request, folder, progress, process, selector)
+            for stream, handle in ((process.stdout.fileno(), child.show), (reader, child.report)):
+                decoder = codecs.getincrementaldecoder("utf-8")("replace")
+                selector.register(stream, selectors.EVENT_READ, (decoder, handle))
+            yield child
     finally:
         os.close(reader)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-    try:
-        answer = json.loads(result.read_text())
-    except (OSError, ValueError):
-        answer = {"error": _death(job, request, child.returncode, crash)}
-    if "crash" in answer:
-        raise RuntimeError(f"the {job.word} process failed\n{answer['crash']}")
-    if "error" in answer:
-        if progress is None and printed:
-            sys.stderr.write(printed)
-        kind = getattr(errors, answer["error"].pop("type"))
-        raise kind(**answer["error"])
-    return answer
+            os.killpg(process.pid, signal.SIGKILL)
+        for stream in (process.stdin, process.stdout):
+            if stream is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    stream.close()
+        process.wait()
 
 
-def _follow(child: subprocess.Popen[bytes], reader: int, progress: Progress | None) -> str:
-    """Pass on what the child reports and prints until it ends; returns the end of what it printed."""
-    assert child.stdout is not None
-    printed = ""
+@dataclass
+class _Child:
+    """A process at work; ``printed`` is the end of what it printed."""
 
-    def show(text: str) -> None:
-        nonlocal printed
-        printed = (printed + text)[-_KEPT_OUTPUT:]
-        if progress is not None:
+    job: _Job
+    request: Mapping[str, Any]
+    folder: Path
+    progress: Progress | None
+    process: subprocess.Popen[bytes]
+    selector: selectors.BaseSelector
+    printed: str = ""
+
+    def show(self, text: str) -> None:
+        self.printed = (self.printed + text)[-_KEPT_OUTPUT:]
+        if self.progress is not None:
             sys.stderr.write(text)
 
-    def report(text: str) -> None:
+    def report(self, text: str) -> None:
         for line in filter(None, text.splitlines()):
-            if progress is not None:
-                progress(line)
+            if self.progress is not None:
+                self.progress(line)
 
-    with selectors.DefaultSelector() as selector:
-        for stream, handle in ((child.stdout.fileno(), show), (reader, report)):
-            decoder = codecs.getincrementaldecoder("utf-8")("replace")
-            selector.register(stream, selectors.EVENT_READ, (decoder, handle))
-        while selector.get_map():
-            ended = child.poll() is not None  # a process it left behind may hold the pipes open
-            ready = selector.select(0 if ended else 0.2)
+    def follow(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Pass on what the child reports and prints until it ends, or until there is what is waited for."""
+        while self.selector.get_map() and not until():
+            ended = self.process.poll() is not None  # a process it left behind may hold the pipes open
+            ready = self.selector.select(0 if ended else 0.2)
             if ended and not ready:
                 break
             for key, _ in ready:
                 decoder, handle = key.data
                 data = os.read(key.fd, 1 << 16)
                 if not data:
-                    selector.unregister(key.fd)
+                    self.selector.unregister(key.fd)
                 handle(decoder.decode(data, not data))
-    child.stdout.close()
-    return printed
+
+    def answer(self) -> dict[str, Any]:
+        """Wait for its end and return its result."""
+        self.follow()
+        self.process.wait()
+        try:
+            answer = json.loads((self.folder / "result.json").read_text())
+        except (OSError, ValueError):
+            crash = self.folder / "crash.txt"
+            answer = {"error": _death(self.job, self.request, self.process.returncode, crash)}
+        if "crash" in answer:
+            raise RuntimeError(f"the {self.job.word} process failed\n{answer['crash']}")
+        if "error" in answer:
+            if self.progress is None and self.printed:
+                sys.stderr.write(self.printed)
+            kind = getattr(errors, answer["error"].pop("type"))
+            raise kind(**answer["error"])
+        return answer
 
 
 def _death(job: _Job, request: Mapping[str, Any], status: int, crash: Path) -> dict[str, str]:

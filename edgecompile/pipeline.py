@@ -10,13 +10,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import re
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -28,6 +31,7 @@ from edgecompile.stats import Stats
 
 if TYPE_CHECKING:
     from edgecompile.calibration_data import CalibrationData
+    from edgecompile.sensitivity import Search
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,54 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did."""
+    """What a pass did, and what it measured of single layers, if it chose among them."""
 
     rewrites: tuple[Rewrite, ...] = ()
     notes: tuple[Note, ...] = ()
+    sensitivity: Search | None = None
+
+
+@dataclass(frozen=True)
+class Drop:
+    """The most that a score may fall.
+
+    Attributes:
+        text: ``0.5%``, a share of the score before; ``0.005``, in the unit of the score; ``inf``, whatever it costs.
+
+    Raises:
+        ValueError: it is none of these, or negative.
+    """
+
+    text: str = "inf"
+
+    def __post_init__(self) -> None:
+        try:
+            value = float(self.text.removesuffix("%"))
+        except ValueError:
+            value = math.nan
+        if not value >= 0 or (self.text.endswith("%") and not value <= 100):
+            raise ValueError(f"{self.text!r} is not a drop of a score like 0.5% or 0.005")
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def limited(self) -> bool:
+        """False if any score will do."""
+        return self.text != "inf"
+
+    def holds(self, score: float, base: float) -> bool:
+        """Whether a score is close enough to the one before, or higher."""
+        value = float(self.text.removesuffix("%"))
+        return score >= base - (abs(base) * value / 100 if self.text.endswith("%") else value)
+
+
+ANY_DROP = Drop()
+
+
+# Score of a graph, higher is better, by the user's `evaluate(run)`. The flag: each operator by itself, Q, DQ and Cast
+# included, as a simulation of a target that is not here; else with the kernels that the CPU provider fuses.
+Evaluate = Callable[[Graph, bool], float]
 
 
 @dataclass
@@ -71,14 +119,18 @@ class Context:
         limit: number of the last rewrite to apply; None for all.
         applied: rewrites applied so far, by all passes of the run.
         calibration: data that statistics are taken from, or None.
-        evaluate: score of a model, higher is better, given a function from feeds to outputs; or None.
+        evaluate: score of a graph, higher is better; or None.
+        progress: told in a few words what is being done.
+        cache: folder of what was found out before, or None.
     """
 
     feeds: Sequence[Mapping[str, np.ndarray]] = ()
     limit: int | None = None
     applied: int = 0
     calibration: CalibrationData | None = None
-    evaluate: Callable[..., float] | None = None
+    evaluate: Evaluate | None = None
+    progress: Callable[[str], object] = lambda text: None
+    cache: Path | None = None
     _pass: str = ""
     _rewrites: list[Rewrite] = field(default_factory=list)
     _notes: dict[Note, None] = field(default_factory=dict)
@@ -96,9 +148,9 @@ class Context:
         """Say something about a place, once."""
         self._notes[Note(node if isinstance(node, str) else where(node), text)] = None
 
-    def result(self) -> PassResult:
+    def result(self, sensitivity: Search | None = None) -> PassResult:
         """Everything recorded since the pass began."""
-        return PassResult(tuple(self._rewrites), tuple(self._notes))
+        return PassResult(tuple(self._rewrites), tuple(self._notes), sensitivity)
 
     def begin(self, name: str) -> None:
         """Start the ledger of a pass; called by the pipeline."""
@@ -179,9 +231,10 @@ class Step:
 
 @dataclass(frozen=True)
 class Trace:
-    """What a pipeline did to a graph, pass by pass."""
+    """What a pipeline did to a graph, pass by pass, and what its last pass that chose among layers measured of them."""
 
     steps: tuple[Step, ...]
+    sensitivity: Search | None = None
 
     @property
     def rewrites(self) -> tuple[Rewrite, ...]:
@@ -223,6 +276,8 @@ class Pipeline:
         progress: Callable[[str], None] | None = None,
         on_step: Callable[[Step, Graph], None] | None = None,
         calibration: CalibrationData | None = None,
+        evaluate: Evaluate | None = None,
+        cache: Path | None = None,
     ) -> Trace:
         """Apply the passes to ``graph`` in place.
 
@@ -235,6 +290,8 @@ class Pipeline:
             progress: called with the name of each step as it starts.
             on_step: called with each finished step and the graph it left, which it must not change.
             calibration: data for passes that take statistics.
+            evaluate: score for passes that keep one.
+            cache: folder where passes keep what takes long to find out.
 
         Raises:
             InputError: the graph is invalid, or does not run on the feeds, before any pass has touched it.
@@ -256,8 +313,12 @@ class Pipeline:
                 if feeds:
                     raise
                 unverified = error.why or error.what
-        context = Context(tuple(feeds or ()), limit, calibration=calibration)
+        context = Context(
+            tuple(feeds or ()), limit, calibration=calibration, evaluate=evaluate, cache=cache,
+            progress=progress or (lambda _: None),
+        )  # fmt: skip
         steps: list[Step] = []
+        sensitivity = None
         shape_feeds = feeds[0] if feeds else None
         before = stats.count(graph, shape_feeds)
         for number, step_pass in enumerate(self.passes):
@@ -291,6 +352,7 @@ class Pipeline:
                         "leave it out with --passes, or find the rewrite with `edgecompile bisect`",
                     )
             after = stats.count(graph, shape_feeds) if not failure else before
+            sensitivity = result.sensitivity or sensitivity
             steps.append(
                 Step(
                     str(step_pass), step_pass.exact, result.rewrites, result.notes, before, after, errors, seconds,
@@ -300,7 +362,7 @@ class Pipeline:
             before, reference = after, outputs
             if on_step:
                 on_step(steps[-1], graph)
-        return Trace(tuple(steps))
+        return Trace(tuple(steps), sensitivity)
 
 
 def _reason(error: Exception) -> str:
@@ -314,8 +376,11 @@ def _rounding(
     graph: Graph, feeds: Sequence[Mapping[str, np.ndarray]], reference: list[oracle.Outputs]
 ) -> dict[str, float]:
     """How far rounding may move each output: 64 ulps of the coarsest type, and 32 times the response to a few ulps."""
-    kinds = {np.dtype(t.dtype) for t in graph._constants()} | {v.dtype for f in feeds for v in f.values()}
-    ulp = max([float(np.finfo(k).eps) for k in kinds if k.kind == "f"], default=float(np.finfo(np.float32).eps))
+    kinds = {np.dtype(t.dtype) for t in graph._constants()} | {
+        v.dtype for f in (*feeds, *reference) for v in f.values()
+    }
+    floats = [k for k in kinds if k.kind == "f" or k == ml_dtypes.bfloat16]
+    ulp = max([float(ml_dtypes.finfo(k).eps) for k in floats], default=float(np.finfo(np.float32).eps))
     response = oracle.rounding(graph, feeds[0], reference[0])
     return {name: 64 * max(ulp, 1.2e-7) + 32 * change for name, change in response.items()}
 

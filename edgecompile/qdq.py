@@ -348,13 +348,27 @@ def fragment(graph: Graph, inputs: Iterable[str], outputs: Iterable[str]) -> Gra
 def kernels(graph: Graph) -> Callable[[oracle.Feeds], oracle.Outputs]:
     """A function that runs a graph with the CPU provider's own kernels: all optimisations on, one thread.
 
-    :func:`edgecompile.oracle.run` computes the same graph in floating point, each Q and DQ for itself; the two differ
-    where an integer kernel saturates.
+    :func:`simulation` computes the same graph in floating point, each Q and DQ for itself; the two differ where an
+    integer kernel saturates.
 
     Raises:
         InputError: the runtime does not take the graph.
         EnvironmentMissing: ONNX Runtime is not installed.
     """
+    return _session(graph, fused=True)
+
+
+def simulation(graph: Graph) -> Callable[[oracle.Feeds], oracle.Outputs]:
+    """A function that computes a graph in floating point, each operator, Q, DQ and Cast for itself; one thread.
+
+    Raises:
+        InputError: the runtime does not take the graph.
+        EnvironmentMissing: ONNX Runtime is not installed.
+    """
+    return _session(graph, fused=False)
+
+
+def _session(graph: Graph, fused: bool) -> Callable[[oracle.Feeds], oracle.Outputs]:
     try:
         import onnxruntime as ort
     except ImportError:
@@ -363,19 +377,16 @@ def kernels(graph: Graph) -> Callable[[oracle.Feeds], oracle.Outputs]:
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
     options.enable_cpu_mem_arena = False
+    if not fused:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = ort.InferenceSession(
             graph.to_proto().SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # ONNX Runtime raises a dozen types of its own
-        raise InputError("ONNX Runtime does not take the quantised graph", " ".join(str(error).split())[:300]) from None
+        raise InputError("ONNX Runtime does not take the graph", " ".join(str(error).split())[:300]) from None
     names = [t.name for t in graph.outputs]
     return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
-
-
-def simulation(graph: Graph) -> Callable[[oracle.Feeds], oracle.Outputs]:
-    """A function that computes a graph in floating point, each Q and DQ for itself."""
-    return lambda feeds: oracle.run(graph, feeds)
 
 
 def snr(reference: Iterable[oracle.Outputs], outputs: Iterable[oracle.Outputs]) -> float:

@@ -19,7 +19,7 @@ import jinja2
 
 from edgecompile.graph import Provenance
 from edgecompile.measure import P99_SAMPLES, Ratio
-from edgecompile.report import CONFIDENCE, Latency, Report, error_added, status
+from edgecompile.report import CONFIDENCE, Latency, Report, SensitiveLayer, Sensitivity, error_added, status
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -93,6 +93,13 @@ def score(value: float) -> str:
 def decibels(value: float) -> str:
     """A signal-to-noise ratio."""
     return f"{value:.0f} dB".replace("-", _MINUS) if math.isfinite(value) else "∞ dB" if value > 0 else f"{_MINUS}∞ dB"
+
+
+def level(value: float | None) -> str:
+    """A signal-to-noise ratio to a tenth of a decibel; a dash if it was not measured."""
+    if value is None or not math.isfinite(value):
+        return "–" if value is None else decibels(value)
+    return f"{value:.1f} dB".replace("-", _MINUS)
 
 
 def cosine(value: float) -> str:
@@ -211,9 +218,10 @@ def markdown(report: Report) -> str:
 def helpers() -> dict[str, Any]:
     """What both templates may call."""
     return {
-        "added": error_added, "change": change, "clean": clean, "cosine": cosine, "count": count, "db": decibels,
-        "error": error, "facts": facts, "how": how, "label": label, "marks": _MARKS,
-        "plural": plural, "ratio": ratio, "seconds": seconds, "shape": shape, "share": share, "size": size,
+        "added": error_added, "change": change, "chosen": chosen, "clean": clean, "cosine": cosine, "count": count,
+        "db": decibels, "error": error, "facts": facts, "how": how, "label": label, "marks": _MARKS,
+        "plural": plural, "ratio": ratio, "seconds": seconds, "sensitive_columns": sensitive_columns,
+        "sensitive_row": sensitive_row, "shape": shape, "share": share, "size": size,
         "slowest": slowest, "status": status, "summary": summary, "timed_after": timed_after, "total": total,
     }  # fmt: skip
 
@@ -250,6 +258,51 @@ def timed_after(report: Report) -> list[tuple[float, Ratio] | None]:
 def label(layer: LayerTime) -> str:
     """How to name a layer to a person: by its modules, else by the engine's own name for it."""
     return Provenance(layer.modules).module or layer.name
+
+
+def chosen(found: Sensitivity) -> str:
+    """The choice of layers for int8, in a few sentences."""
+    int8 = sum(not row.reverted for row in found.layers)
+    said = f"{int8} of {plural(len(found.layers), 'layer')} are int8: {level(found.snr)} on calibration data"
+    if int8 < len(found.layers):
+        said += f", {level(found.whole)} with all of them"
+    if found.score is not None and found.base is not None:
+        said += f"; score {score(found.score)} of {score(found.base)}"
+    said += "."
+    if not found.holds:
+        said += " The budget does not hold: the time for reverting layers ran out."
+    if not found.finished:
+        said += " The time ran out before all layers were measured."
+    return said
+
+
+def sensitive_columns(found: Sensitivity) -> tuple[str, ...]:
+    """The columns of the table of sensitive layers after the layer; a score and times only if there are any."""
+    score_, saved = _optional(found)
+    return (
+        "bits", "SNR, only it int8", "SNR, if reverted", *(["score, if reverted"] if score_ else []),
+        *(["time saved"] if saved else []), "result",
+    )  # fmt: skip
+
+
+def sensitive_row(row: SensitiveLayer, found: Sensitivity) -> tuple[str, ...]:
+    """The cells of one layer under :func:`sensitive_columns`."""
+    score_, saved = _optional(found)
+    return (
+        str(row.bits), level(row.only_int8), level(row.only_float),
+        *(["–" if row.score is None else score(row.score)] if score_ else []),
+        *([_saved(row.saved)] if saved else []), "reverted" if row.reverted else "int8",
+    )  # fmt: skip
+
+
+def _optional(found: Sensitivity) -> tuple[bool, bool]:
+    return any(r.score is not None for r in found.layers), any(r.saved is not None for r in found.layers)
+
+
+def _saved(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{_MINUS if value < 0 else ''}{seconds(abs(value) / 1e6)}"
 
 
 def slowest(report: Report) -> list[Any]:
@@ -301,6 +354,8 @@ def print_table(report: Report, console: Console) -> None:
     _print_parity(report, screen)
     if report.latency:
         _print_latency(report.latency, screen)
+    if report.sensitivity and report.sensitivity.measured:
+        _print_sensitivity(report.sensitivity, screen)
     if report.layers:
         _print_layers(report, screen)
 
@@ -390,6 +445,12 @@ def _print_latency(latency: Latency, screen: Screen) -> None:
     ]  # fmt: skip
     title = f"Latency: {latency.clock_name}{threads}, arms interleaved in one run"
     screen.table(title, ("", "calls", "p50", "p90", "p99", "mean", "time / plain"), rows)
+
+
+def _print_sensitivity(found: Sensitivity, screen: Screen) -> None:
+    rows = [(row.layer, *sensitive_row(row, found)) for row in found.layers[:ROWS]]
+    more = f"; {len(rows)} of {len(found.layers)} rows" if len(rows) < len(found.layers) else ""
+    screen.table(f"Layers most sensitive to int8 ({chosen(found)}{more})", ("layer", *sensitive_columns(found)), rows)
 
 
 def _print_layers(report: Report, screen: Screen) -> None:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from edgecompile.driver import Options
+    from edgecompile.sensitivity import Search
 
 SCHEMA = "edgecompile.report/1"
 MOST_SAMPLES = 2000  # per arm in the document; percentiles are taken from all of them
@@ -207,6 +208,67 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class SensitiveLayer:
+    """What one layer costs in int8; None: not measured.
+
+    Attributes:
+        layer: module path and operator.
+        bits: width of its weights.
+        only_int8: signal-to-noise ratio of the outputs in dB when nothing else is int8.
+        only_float: the same when everything else is int8, as if it were reverted.
+        score: of ``evaluate(run)`` when everything else is int8.
+        saved: microseconds that int8 saves in the kernels that hold the layer, without the conversions around it.
+        reverted: it stays in floating point.
+    """
+
+    layer: str
+    bits: int
+    only_int8: float | None
+    only_float: float | None
+    score: float | None
+    saved: float | None
+    reverted: bool
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """The choice of layers for int8, on calibration data.
+
+    Attributes:
+        whole: signal-to-noise ratio of the outputs in dB with all layers in int8.
+        snr: the same with those that were not reverted.
+        score, base: of ``evaluate(run)``, with those and in floating point; None if no score was to be kept.
+        holds: the budget was kept.
+        finished: False if the time ran out before all layers were measured.
+        layers: the most sensitive first.
+    """
+
+    whole: float
+    snr: float
+    score: float | None
+    base: float | None
+    holds: bool
+    finished: bool
+    layers: tuple[SensitiveLayer, ...]
+
+    @property
+    def measured(self) -> bool:
+        """Whether any layer was measured by itself."""
+        return any(row.only_float is not None for row in self.layers)
+
+    @classmethod
+    def of(cls, found: Search, saved: Mapping[int, float]) -> Sensitivity:
+        """What a search found, with the microseconds saved by position of the layer."""
+        rows = tuple(
+            SensitiveLayer(
+                r.layer, r.bits, r.only_int8, r.only_float, r.score, saved.get(r.position), r.reverted
+            )
+            for r in found.table
+        )  # fmt: skip
+        return cls(found.whole, found.snr, found.score, found.base, found.holds, found.finished, rows)
+
+
+@dataclass(frozen=True)
 class File:
     """A file of the bundle."""
 
@@ -245,6 +307,7 @@ class Report:
         latency: None if it was not measured.
         accuracy: what the user's ``evaluate(run)`` returned; None without it, or if it was not asked.
         layers: time of each layer of the engine, in execution order.
+        sensitivity: what each layer costs in int8; None if no layers were chosen for it.
         files: of the bundle, as far as they were written when the report was made.
         warnings: what went wrong without stopping the build.
     """
@@ -261,6 +324,7 @@ class Report:
     accuracy: Accuracy | None
     layers: tuple[LayerTime, ...]
     files: tuple[File, ...]
+    sensitivity: Sensitivity | None = None
     warnings: tuple[str, ...] = ()
 
     @classmethod
@@ -280,6 +344,7 @@ class Report:
         latency: Sequence[tuple[str, Samples]],
         accuracy: Accuracy | None,
         layers: Iterable[LayerTime],
+        saved: Mapping[int, float] = {},
         engine: EngineManifest,
         machine: Mapping[str, Any],
         seconds: Mapping[str, float],
@@ -301,6 +366,7 @@ class Report:
             latency: label and samples of each arm, in the order plain export, after each pass, engine; may be empty.
             accuracy: what the user's ``evaluate(run)`` returned, if it was called.
             layers: of the engine.
+            saved: microseconds that int8 saves, by position of the layer in the trace's table.
             engine: its manifest.
             machine: what is known about the machine.
             seconds: wall time per phase.
@@ -326,6 +392,7 @@ class Report:
             accuracy=accuracy,
             layers=tuple(layers),
             files=tuple(File(p.name, p.stat().st_size, file_digest(p)) for p in files),
+            sensitivity=Sensitivity.of(trace.sensitivity, saved) if trace.sensitivity else None,
             warnings=tuple(warnings),
         )  # fmt: skip
 
@@ -340,6 +407,8 @@ class Report:
         lines += [self._parity_line(text), self._latency_line(text)]
         if self.accuracy is not None:
             lines.append(_accuracy_line(self.accuracy, text))
+        if self.sensitivity is not None and not self.sensitivity.holds:
+            lines.append(Line("warn", "The budget of int8 does not hold: the time for reverting layers ran out."))
         lines += [
             Line("warn", "A pass was rolled back; the engine is built without it:", f"{s.spec}: {s.failure}")
             for s in self.passes

@@ -10,28 +10,93 @@ most noise, and ends as soon as the budget holds.
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgecompile import oracle, qdq
+from edgecompile import __version__, calibration, measure, qdq
 from edgecompile.calibration import Range
 from edgecompile.graph import Graph, where
 from edgecompile.oracle import Feeds, Outputs
-from edgecompile.placement import Placement, Rules
+from edgecompile.pipeline import ANY_DROP, Drop, Evaluate
+from edgecompile.placement import Layer, Placement, Rules
 
 # Instruction sets whose dot products accumulate in 32 bits, so that no pair of products saturates.
 EXACT_DOT = frozenset({"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 # A kernel that answers worse than its simulation by more than this, in dB, does something else than the simulation.
 DEVIATION = 0.5
+SCHEMA = "edgecompile.sensitivity/1"
 _AT_ONCE = 16  # activations held at a time
+_CHEAP = 10.0  # seconds that a table may take which no budget needs
+_SAVE_SECONDS = 5.0
 
 Run = Callable[[Feeds], Outputs]
-Evaluate = Callable[[Run], float]
+
+
+# -- what was measured before ------------------------------------------------------------------------------------------
+
+
+class Memo:
+    """Figures by key, kept in a file that is named after what they depend on; damaged files are ignored.
+
+    Args:
+        folder: of the file; None keeps nothing.
+        facts: what the figures depend on.
+    """
+
+    def __init__(self, folder: Path | None, facts: Mapping[str, str]):
+        self._facts, self._path, self._saved = dict(facts), None, time.monotonic()
+        self._figures: dict[str, list[float]] = {}
+        if folder is not None:
+            self._path = calibration.entry_path(folder, SCHEMA, self._facts)
+            self._figures = (calibration.read_entry(self._path, self._facts) or {}).get("figures", {})
+        self._written = len(self._figures)
+
+    def __call__(self, key: str, measured: Callable[[], Sequence[float]]) -> list[float]:
+        """The figures of a key, measured if they are not known."""
+        if key not in self._figures:
+            self._figures[key] = [float(x) for x in measured()]
+            if time.monotonic() - self._saved > _SAVE_SECONDS:
+                self.save()
+        return self._figures[key]
+
+    def __enter__(self) -> Memo:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.save()  # also what was measured before an interrupt
+
+    def save(self) -> None:
+        """Write what is new."""
+        if self._path is not None and len(self._figures) > self._written:
+            content = {"schema": SCHEMA, "facts": self._facts, "figures": self._figures}
+            calibration.write_entry(self._path, content)
+            self._saved, self._written = time.monotonic(), len(self._figures)
+
+
+def _facts(graph: Graph, rules: Rules, ranges: Mapping[str, Range], feeds: Sequence[Feeds], **more: Any) -> dict:
+    """What figures about a graph depend on."""
+    inputs = hashlib.sha256()
+    for one in feeds:
+        for name, value in one.items():
+            inputs.update(f"{name} {value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    return {
+        "graph": graph.digest(),
+        "rules": repr(rules),
+        "ranges": repr([(name, ranges[name]) for name in sorted(ranges)]),
+        "feeds": inputs.hexdigest(),
+        "version": __version__,
+        "runtime": importlib.metadata.version("onnxruntime"),
+        "cpu": " ".join(sorted(measure.cpu_features())),
+        **{name: str(value) for name, value in more.items()},
+    }
 
 
 # -- the width of weights ----------------------------------------------------------------------------------------------
@@ -70,7 +135,14 @@ def saturates(features: Collection[str]) -> bool:
 
 
 def evidence(
-    graph: Graph, rules: Rules, ranges: Mapping[str, Range], placement: Placement, feeds: Sequence[Feeds]
+    graph: Graph,
+    rules: Rules,
+    ranges: Mapping[str, Range],
+    placement: Placement,
+    feeds: Sequence[Feeds],
+    *,
+    progress: Callable[[float], object] = lambda done: None,
+    cache: Path | None = None,
 ) -> dict[int, Evidence]:
     """Run each layer of a placement by itself, in 8 and in 7 bits.
 
@@ -79,30 +151,57 @@ def evidence(
         rules, ranges: how it is quantised.
         placement: made from ``graph``.
         feeds: model inputs.
+        progress: called with the fraction of the layers that were run.
+        cache: folder that keeps what was measured.
 
     Returns:
         the evidence by position of the layer in ``graph.nodes``.
     """
     position = {id(n): i for i, n in enumerate(graph.nodes)}
     found: dict[int, Evidence] = {}
-    layers = list(placement.layers)
-    for start in range(0, len(layers), _AT_ONCE):
-        part = layers[start : start + _AT_ONCE]
-        seen = list(activations(graph, [made.source.name for made in part], feeds))
-        for made in part:
-            end = next((p.tensor for p in placement.points.values() if _writes(p.tensor, made.node)), None)
-            end = made.node.outputs[0] if end is None else end
-            alone = qdq.fragment(graph, [made.source.name], [end.name])
-            own = [{made.source.name: one[made.source.name]} for one in seen]
-            reference = list(map(qdq.kernels(alone), own))
-            number = next(i for i, n in enumerate(alone.nodes) if n.name == made.node.name and n.op == made.node.op)
-            real, simulated = {}, {}
-            for bits in qdq.WEIGHT_LIMIT:
-                trial = qdq.quantized(alone, rules, ranges, {number: bits}, ends=True)
-                real[bits] = qdq.snr(reference, map(qdq.kernels(trial), own))
-                simulated[bits] = qdq.snr(reference, (oracle.run(trial, f) for f in own))
-            found[position[id(made.node)]] = Evidence(real, simulated)
+    layers, widths = list(placement.layers), list(qdq.WEIGHT_LIMIT)
+    memo = Memo(cache, _facts(graph, rules, ranges, feeds, what="widths")) if cache else Memo(None, {})
+    with memo:
+        for start in range(0, len(layers), _AT_ONCE):
+            part = layers[start : start + _AT_ONCE]
+            seen: list[Outputs] = []
+            for number, made in enumerate(part, start + 1):
+
+                def measured(made: Layer = made, part: Sequence[Layer] = part, seen: list[Outputs] = seen):
+                    if not seen:
+                        seen += activations(graph, [m.source.name for m in part], feeds)
+                    return _alone(graph, rules, ranges, placement, made, [one[made.source.name] for one in seen])
+
+                figures = memo(str(position[id(made.node)]), measured)
+                real, simulated = figures[: len(widths)], figures[len(widths) :]
+                found[position[id(made.node)]] = Evidence(
+                    dict(zip(widths, real, strict=True)), dict(zip(widths, simulated, strict=True))
+                )
+                progress(number / len(layers))
     return found
+
+
+def _alone(
+    graph: Graph,
+    rules: Rules,
+    ranges: Mapping[str, Range],
+    placement: Placement,
+    made: Layer,
+    values: Sequence[np.ndarray],
+) -> list[float]:
+    """Signal-to-noise ratios of a layer fed these values: of its kernels by width, then of their simulations."""
+    end = next((p.tensor for p in placement.points.values() if _writes(p.tensor, made.node)), None)
+    end = made.node.outputs[0] if end is None else end
+    alone = qdq.fragment(graph, [made.source.name], [end.name])
+    own = [{made.source.name: one} for one in values]
+    reference = list(map(qdq.kernels(alone), own))
+    number = next(i for i, n in enumerate(alone.nodes) if n.name == made.node.name and n.op == made.node.op)
+    real, simulated = [], []
+    for bits in qdq.WEIGHT_LIMIT:
+        trial = qdq.quantized(alone, rules, ranges, {number: bits}, ends=True)
+        real.append(qdq.snr(reference, map(qdq.kernels(trial), own)))
+        simulated.append(qdq.snr(reference, map(qdq.simulation(trial), own)))
+    return [*real, *simulated]
 
 
 def _writes(tensor, node) -> bool:
@@ -135,18 +234,22 @@ class LayerScore:
 
     Attributes:
         position: in ``graph.nodes``.
+        name: of the node, or of its first output.
         layer: how to name it to a person.
         bits: width of its weights.
         only_int8: signal-to-noise ratio of the model's outputs in dB when nothing else is int8; None: not measured.
         only_float: the same when everything else is int8.
+        score: of ``evaluate`` when everything else is int8; None: not measured.
         reverted: it stays in floating point.
     """
 
     position: int
+    name: str
     layer: str
     bits: int
     only_int8: float | None = None
     only_float: float | None = None
+    score: float | None = None
     reverted: bool = False
 
 
@@ -158,18 +261,25 @@ class Search:
         bits: width of the weights of the layers that stay int8, by position in ``graph.nodes``.
         table: every layer, the most sensitive first.
         snr: of the outputs, in dB, with what is left in int8.
+        whole: the same with all layers in int8.
         score, base: of ``evaluate``, with int8 and in floating point; None without it.
         holds: the budget holds.
-        finished: all layers were measured before the time ran out.
+        finished: False if the time ran out before all layers were measured.
     """
 
     bits: Mapping[int, int]
     table: tuple[LayerScore, ...]
     snr: float
+    whole: float
     score: float | None
     base: float | None
     holds: bool
     finished: bool
+
+    @property
+    def measured(self) -> bool:
+        """Whether any layer was measured by itself."""
+        return any(row.only_float is not None for row in self.table)
 
 
 def search(
@@ -180,12 +290,14 @@ def search(
     feeds: Sequence[Feeds],
     *,
     biases: Mapping[int, np.ndarray] | None = None,
-    runner: Callable[[Graph], Run] = qdq.kernels,
+    simulate: bool = False,
     min_snr: float = -math.inf,
-    max_drop: float = math.inf,
+    max_drop: Drop = ANY_DROP,
     evaluate: Evaluate | None = None,
     seconds: float = 120.0,
-    progress: Callable[[float], object] | None = None,
+    thorough: bool = False,
+    progress: Callable[[float], object] = lambda done: None,
+    cache: Path | None = None,
     **options: Any,
 ) -> Search:
     """Measure the layers and revert the worst until the budget holds.
@@ -196,51 +308,121 @@ def search(
         bits: width of the weights of each layer, by position in ``graph.nodes``.
         feeds: model inputs to judge on.
         biases: new biases of layers, by position.
-        runner: makes a function of a graph: the real kernels, or a simulation where the target's are not here.
+        simulate: run a simulation, since the target's kernels are not here.
         min_snr: of the worst output, in dB.
-        max_drop: of the score of ``evaluate``, in its unit.
-        evaluate: takes a function from inputs to outputs, returns a score where higher is better.
+        max_drop: of the score of ``evaluate``.
+        evaluate: score of a graph, higher is better.
         seconds: time for measuring layers, and again for reverting them.
+        thorough: measure the layers even if the budget holds; else they are only where that takes a few seconds.
         progress: called with the fraction of the layers measured.
+        cache: folder that keeps what was measured.
         options: of :func:`edgecompile.placement.place`.
     """
-    float_run = runner(graph)
-    reference = list(map(float_run, feeds))
-    base = evaluate(float_run) if evaluate else None
+    trials = _Trials(graph, rules, ranges, feeds, biases, simulate, evaluate, cache, options)
+    with trials.memo:
+        base = evaluate(graph, simulate) if evaluate else None
 
-    def attempt(chosen: Mapping[int, int]) -> tuple[float, Run]:
-        run = runner(qdq.quantized(graph, rules, ranges, chosen, biases, **options))
-        return qdq.snr(reference, map(run, feeds)), run
+        def judged(chosen: Mapping[int, int]) -> tuple[float, float | None, bool]:
+            level, score = trials.level(chosen), trials.score(chosen)
+            enough = score is None or base is None or max_drop.holds(score, base)
+            return level, score, level >= min_snr and enough
 
-    def judged(chosen: Mapping[int, int]) -> tuple[float, float | None, bool]:
-        level, run = attempt(chosen)
-        score = evaluate(run) if evaluate else None
-        holds = level >= min_snr and (score is None or base is None or base - score <= max_drop)
-        return level, score, holds
+        whole, each = trials.figures(bits)
+        level, score, holds = judged(bits)
+        nodes = list(graph.nodes)
+        rows = [LayerScore(i, nodes[i].name or nodes[i].outputs[0].name, where(nodes[i]), b) for i, b in bits.items()]
+        if holds and not thorough and 2 * each * len(rows) > _CHEAP:
+            return Search(dict(bits), tuple(rows), level, whole, score, base, True, True)
+        rows, finished = _measured(trials, bits, rows, whole, seconds, progress)
+        kept, deadline = dict(bits), time.monotonic() + seconds
+        # Reverting the first `low` is not enough, the first `high` may be.
+        low, high, step = 0, 0 if holds else len(rows), 1
+        while not holds and low < high and time.monotonic() <= deadline:
+            tried = min(low + step, high)
+            kept = {i: b for i, b in bits.items() if i not in {row.position for row in rows[:tried]}}
+            level, score, holds = judged(kept)
+            low, high, step = (low, tried, step) if holds else (tried, high, 2 * step)
+        while holds and high - low > 1 and time.monotonic() <= deadline:
+            tried = (low + high) // 2
+            fewer = {i: b for i, b in bits.items() if i not in {row.position for row in rows[:tried]}}
+            found = judged(fewer)
+            if found[2]:
+                high, kept, (level, score, _) = tried, fewer, found
+            else:
+                low = tried
+    table = tuple(replace(row, reverted=row.position not in kept) for row in rows)
+    return Search(kept, table, level, whole, score, base, holds, finished)
 
-    kept = dict(bits)
-    level, score, holds = judged(kept)
-    rows = {i: LayerScore(i, where(graph.nodes[i]), width) for i, width in bits.items()}
-    if holds:
-        return Search(kept, tuple(rows.values()), level, score, base, True, True)
+
+class _Trials:
+    """Graphs in which some layers are int8, and how well they answer."""
+
+    def __init__(self, graph, rules, ranges, feeds, biases, simulate, evaluate, cache, options):
+        self._graph, self._feeds, self._evaluate = graph, feeds, evaluate
+        self._simulate, self._options = simulate, options
+        self._make = lambda chosen: qdq.quantized(graph, rules, ranges, chosen, biases, **options)
+        self._reference: list[Outputs] = []
+        self.memo = Memo(None, {})
+        if cache is not None:
+            corrected = hashlib.sha256()
+            for position, values in sorted((biases or {}).items()):
+                corrected.update(f"{position} ".encode() + np.ascontiguousarray(values).tobytes())
+            more = {"biases": corrected.hexdigest(), "simulate": simulate, "options": sorted(options.items())}
+            self.memo = Memo(cache, _facts(graph, rules, ranges, feeds, what="layers", **more))
+
+    def _run(self, graph: Graph) -> Run:
+        return (qdq.simulation if self._simulate else qdq.kernels)(graph)
+
+    def figures(self, chosen: Mapping[int, int]) -> tuple[float, float]:
+        """Signal-to-noise ratio in dB when these layers are int8, and the seconds that it took to find out."""
+        key = hashlib.sha256(repr(sorted(chosen.items())).encode()).hexdigest()
+
+        def measured() -> list[float]:
+            if not self._reference:
+                self._reference = list(map(self._run(self._graph), self._feeds))
+            start = time.monotonic()
+            level = qdq.snr(self._reference, map(self._run(self._make(chosen)), self._feeds))
+            return [level, time.monotonic() - start]
+
+        level, seconds = self.memo(key, measured)
+        return level, seconds
+
+    def level(self, chosen: Mapping[int, int]) -> float:
+        """Signal-to-noise ratio in dB when these layers are int8."""
+        return self.figures(chosen)[0]
+
+    def score(self, chosen: Mapping[int, int]) -> float | None:
+        """Score when these layers are int8, None if nothing scores."""
+        return self._evaluate(self._make(chosen), self._simulate) if self._evaluate else None
+
+
+def _measured(
+    trials: _Trials,
+    bits: Mapping[int, int],
+    rows: Sequence[LayerScore],
+    whole: float,
+    seconds: float,
+    progress: Callable[[float], object],
+) -> tuple[list[LayerScore], bool]:
+    """The rows with their figures, the most sensitive first; and whether the time was enough for all."""
     deadline = time.monotonic() + seconds
-    for done, (i, row) in enumerate(rows.items(), 1):
-        if time.monotonic() > deadline:
-            break
-        without = {k: v for k, v in kept.items() if k != i}
-        rows[i] = LayerScore(i, row.layer, row.bits, attempt({i: row.bits})[0], attempt(without)[0])
-        if progress:
-            progress(done / len(rows))
-    finished = all(r.only_float is not None for r in rows.values())
-    order = sorted(rows.values(), key=lambda row: -_noise(row, level))
-    deadline = time.monotonic() + seconds
-    for row in order:
-        if holds or time.monotonic() > deadline:
-            break
-        del kept[row.position]
-        rows[row.position] = LayerScore(row.position, row.layer, row.bits, row.only_int8, row.only_float, True)
-        level, score, holds = judged(kept)
-    return Search(kept, tuple(rows[r.position] for r in order), level, score, base, holds, finished)
+    left = list(rows)
+    done: list[LayerScore] = []
+    while left and time.monotonic() <= deadline:
+        row = left.pop(0)
+        without = trials.level({k: v for k, v in bits.items() if k != row.position})
+        done.append(replace(row, only_int8=trials.level({row.position: row.bits}), only_float=without))
+        progress(len(done) / len(rows))
+    rows = sorted([*done, *left], key=lambda row: -_noise(row, whole))
+    scored: list[LayerScore] = []
+    while len(scored) < len(rows) and time.monotonic() <= deadline:
+        row = rows[len(scored)]
+        score = trials.score({k: v for k, v in bits.items() if k != row.position})
+        if score is None:
+            return rows, not left
+        scored.append(replace(row, score=score))
+        progress(len(scored) / len(rows))
+    return [*scored, *rows[len(scored) :]], not left and len(scored) == len(rows)
 
 
 def _noise(row: LayerScore, level: float) -> float:

@@ -79,7 +79,8 @@ def print_json(document: Any) -> None:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A spinner with elapsed time on a terminal, plain lines on stderr elsewhere: in a log, few of those that count."""
+    """On a terminal a spinner with elapsed time, and a bar where a text ends in a percentage; elsewhere plain lines on
+    stderr, few of those that count."""
     if not sys.stderr.isatty():
         last = ("", -math.inf)
 
@@ -93,9 +94,18 @@ def progress() -> Iterator[Callable[[str], None]]:
         yield line
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    class Bar(BarColumn):
+        def render(self, task: Any) -> Any:
+            return super().render(task) if task.fields["share"] else ""
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), Bar(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda text: bar.update(task, description=escape(text))
+        task = bar.add_task("starting", total=100, share=False)
+
+        def say(text: str) -> None:
+            share = re.search(r"\b([0-9]{1,3})%$", text)
+            bar.update(task, description=escape(text), completed=int(share[1]) if share else 0, share=bool(share))
+
+        yield say

@@ -21,6 +21,7 @@ What else stays in float32 is decided by evidence, on the inputs the pass is giv
    hold no matrix product, stay in float32.
 5. *Error.* The rewritten graph is evaluated and compared with the original. While an output misses ``min_snr``, or is
    not finite on ten times the inputs, the nodes that are worst when they alone are narrow go back, found by bisection.
+6. *Score.* While the score of ``evaluate`` falls by more than ``max_drop``, the error allowed is made 6 dB smaller.
 
 The evaluation (:func:`emulated`) computes each node in float32 and rounds each narrow tensor when it is stored. Running
 the narrow graph on ONNX Runtime's CPU provider would flatter it: most kernels there are float32, and the Casts between
@@ -49,7 +50,7 @@ from onnx import TensorProto
 from edgecompile import oracle
 from edgecompile.errors import InputError
 from edgecompile.graph import Graph, Tensor, redirect
-from edgecompile.pipeline import Context, Pass, PassResult
+from edgecompile.pipeline import ANY_DROP, Context, Drop, Evaluate, Pass, PassResult
 from edgecompile.propagate import PRECISION, standard
 
 _SCALE = 10.0  # inputs this many times larger must not overflow
@@ -57,6 +58,7 @@ _HEADROOM = 2.0
 _SUBNORMAL_LOSS = 12.0  # dB below the ratio of normal numbers
 _CALIBRATION_FEEDS = 8
 _CAST_BYTES = 1 << 14  # what launching a Cast costs beside its memory traffic
+_NO_ERROR = 1e-30  # noise over signal; float32 itself has more
 _EVALUATIONS = 64  # runs of the model that the search may take before it reverts whole segments
 
 
@@ -95,6 +97,7 @@ class Cast(Pass):
         min_snr: least signal-to-noise ratio of each output in dB, against the graph before the pass.
         keep: operator types and node names that stay in float32, separated by commas.
         io: element type of the model's floating-point inputs and outputs: ``float32``, or the same as ``dtype``.
+        max_drop: most that the score of ``evaluate`` may fall: ``0.5%`` of it, or ``0.005`` in its unit.
     """
 
     name: ClassVar[str] = "cast"
@@ -103,6 +106,7 @@ class Cast(Pass):
     min_snr: float = 50.0
     keep: str = ""
     io: str = "float32"
+    max_drop: Drop = ANY_DROP
 
     def __post_init__(self) -> None:
         if self.dtype not in _KINDS:
@@ -116,9 +120,13 @@ class Cast(Pass):
         """Rewrite ``graph`` in place.
 
         Raises:
-            InputError: the graph does not run on the inputs at hand, so that nothing can be measured, or narrow inputs
-                and outputs alone miss the budget.
+            InputError: the graph does not run on the inputs at hand, so that nothing can be measured, narrow inputs and
+                outputs alone miss the budget, or there is no score to keep.
         """
+        if self.max_drop.limited and context.evaluate is None:
+            raise InputError(
+                "max_drop needs a score", "there is none", "define evaluate(run) in model.py, or give min_snr alone"
+            )
         kind = _KINDS[self.dtype]
         graph.tidy()
         typed = graph.copy()
@@ -143,6 +151,10 @@ class Cast(Pass):
         chosen, reverted = search.run(narrow - alone)
         reasons |= dict.fromkeys(alone, "its Casts would cost more than it saves")
         reasons |= reverted
+        if self.max_drop.limited and context.evaluate is not None:
+            context.progress(f"judging {kind.name}")
+            chosen, lossy = _keep_score(search, chosen, self.max_drop, context.evaluate)
+            reasons |= lossy
         for index in sorted(reasons.keys() & model.candidates):
             context.note(f"kept in float32: {reasons[index]}", graph.nodes[index])
         ports = self.io != "float32" and any(_code(t) == TensorProto.FLOAT for t in [*graph.inputs, *graph.outputs])
@@ -159,6 +171,24 @@ class Cast(Pass):
             if not error.snr_db >= self.min_snr:
                 return f"output {name!r} has a signal-to-noise ratio of {error.snr_db:.1f} dB, not {self.min_snr:g} dB"
         return ""
+
+
+def _keep_score(
+    search: _Search, narrow: set[int], max_drop: Drop, evaluate: Evaluate
+) -> tuple[set[int], dict[int, str]]:
+    """The nodes that may stay narrow by the score, and why the others may not."""
+    model, reasons = search.model, dict[int, str]()
+    base = evaluate(model.graph, True)
+    while narrow and not max_drop.holds(evaluate(emulated(model.narrowed(narrow)), True), base):
+        left, found = narrow, dict[int, str]()
+        while left == narrow:  # until the error allowed is less than there is
+            search.budget /= 4
+            left, found = search.run(narrow)
+            if search.budget < _NO_ERROR:
+                left, found = set(), dict.fromkeys(narrow, "no error can be seen")
+        reasons |= {i: f"the score fell too much; {found[i]}" for i in narrow - left}
+        narrow = left
+    return narrow, reasons
 
 
 def _feeds(graph: Graph, context: Context) -> list[Mapping[str, np.ndarray]]:

@@ -11,7 +11,13 @@ In order:
    8 and of 7 bits, with the real kernels, and gets what answers better (:mod:`edgecompile.sensitivity`).
 5. *Bias correction.* The mean that rounding the weights adds to each output channel is taken from the bias.
 6. *Budget.* The whole graph is run with the real kernels; while it misses ``min_snr``, or loses more than ``max_drop``
-   of the score of ``evaluate``, the layer that costs most goes back to floating point.
+   of the score of ``evaluate``, the layers that cost most go back to floating point.
+
+What follows a Softmax stays in floating point. Its values lie between 0 and 1, most of them close to 0, and would want
+levels at powers of two (RepQ-ViT's log-sqrt2 quantiser), which QuantizeLinear does not have: its scale is uniform, and
+the targets have no kernel that multiplies by shifts. Written with Log, Round and Exp around the product, such a
+quantiser costs more than the float product it replaces, which has a few per cent of the work of these networks. So the
+tables name the reason, and only the layers before and after are int8.
 
 A graph that holds QuantizeLinear or DequantizeLinear already made its own choices and is left as it is.
 
@@ -24,7 +30,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -32,8 +38,11 @@ from edgecompile import calibration, equalize, linear, measure, qdq, sensitivity
 from edgecompile.errors import InputError
 from edgecompile.graph import Graph
 from edgecompile.oracle import Feeds, OutputError
-from edgecompile.pipeline import Context, Pass, PassResult
+from edgecompile.pipeline import ANY_DROP, Context, Drop, Pass, PassResult
 from edgecompile.placement import TABLES, Placement, Rules, place
+
+if TYPE_CHECKING:
+    from edgecompile.calibration_data import CalibrationData
 
 _JUDGED = 8  # samples that the budget is judged on
 _EVIDENCE = 2  # samples that single layers are run on
@@ -57,7 +66,7 @@ class Quantize(Pass):
         equalize: even out the channels between pairs of layers.
         bias_correction: take the mean error of rounded weights from the biases.
         min_snr: least signal-to-noise ratio of each output in dB, on calibration data; layers are reverted to keep it.
-        max_drop: most that the score of ``evaluate`` may fall, in its unit.
+        max_drop: most that the score of ``evaluate`` may fall: ``0.5%`` of it, or ``0.005`` in its unit.
         seconds: time for measuring single layers, and again for reverting them.
         memory: bytes that calibration may take for activations.
     """
@@ -73,7 +82,7 @@ class Quantize(Pass):
     equalize: bool = False
     bias_correction: bool = True
     min_snr: float = 0.0
-    max_drop: float = math.inf
+    max_drop: Drop = ANY_DROP
     seconds: float = 120.0
     memory: int = calibration.MEMORY
 
@@ -82,8 +91,8 @@ class Quantize(Pass):
         for option, allowed in choices.items():
             if getattr(self, option) not in allowed:
                 raise ValueError(f"{option} is {getattr(self, option)!r}; it may be {', '.join(map(str, allowed))}")
-        if math.isnan(self.min_snr) or math.isnan(self.max_drop) or self.max_drop < 0:
-            raise ValueError("min_snr and max_drop must be numbers, and max_drop not negative")
+        if math.isnan(self.min_snr):
+            raise ValueError("min_snr is not a number")
         if self.seconds < 0 or self.memory <= 0:
             raise ValueError("seconds must not be negative, and memory must be positive")
 
@@ -91,7 +100,8 @@ class Quantize(Pass):
         """Rewrite ``graph`` in place.
 
         Raises:
-            InputError: there is no calibration data, the opset is older than 13, or the graph does not run on the data.
+            InputError: there is no calibration data, the opset is older than 13, the graph does not run on the data, or
+                there is no score to keep.
         """
         if qdq.is_quantized(graph):
             context.note("the graph is quantised already: left as it is")
@@ -102,6 +112,10 @@ class Quantize(Pass):
                 "int8 needs calibration data", "none was given", "give images or arrays with --calib, or define "
                 "calibration_data() in model.py",
             )  # fmt: skip
+        if self.max_drop.limited and context.evaluate is None:
+            raise InputError(
+                "max_drop needs a score", "there is none", "define evaluate(run) in model.py, or give min_snr alone"
+            )
         if data.random:
             context.note("calibrated on random numbers, which say nothing about real activations")
         graph.tidy()
@@ -117,14 +131,15 @@ class Quantize(Pass):
         if not placement.layers:
             context.note("no layer can be int8")
             return context.result()
-        ranges = self._collect(graph, data, list(placement.points))
+        ranges = self._collect(graph, context, data, list(placement.points), self.method)
         bits, biases = self._widths(graph, placement, ranges, feeds, context), {}
         if self.bias_correction:
             position = {id(n): i for i, n in enumerate(graph.nodes)}
             widths = {id(graph.nodes[i]): b for i, b in bits.items()}
             found = equalize.corrected_biases(graph, placement, ranges, widths, feeds)
             biases = {position[key]: values for key, values in found.items()}
-        bits = self._budget(graph, rules, ranges, bits, biases, _spread(feeds), context)
+        search = self._budget(graph, rules, ranges, bits, biases, _spread(feeds), context)
+        bits = search.bits
         chosen = {i: b for i, b in bits.items() if context.rewrite(f"int8, weights of {b} bits", graph.nodes[i])}
         if chosen:
             nodes = list(graph.nodes)
@@ -132,7 +147,7 @@ class Quantize(Pass):
             final = place(graph, rules, only=widths.keys(), **self._options)
             qdq.insert(graph, final, ranges, widths, {id(nodes[i]): b for i, b in biases.items()})
             graph.tidy()
-        return context.result()
+        return context.result(search)
 
     def reject(self, errors: Mapping[str, OutputError], rounding: Mapping[str, float]) -> str:
         """Why the outputs are not acceptable: not finite. The budget was judged on calibration data."""
@@ -144,15 +159,28 @@ class Quantize(Pass):
         """The options of :func:`~edgecompile.placement.place`."""
         return {"skip": [s.strip() for s in self.skip.split(",") if s.strip()], "ends": _ENDS[self.ends]}
 
-    def _collect(self, graph: Graph, data: Any, tensors: Sequence[str]) -> calibration.Ranges:
-        symmetric = TABLES[self.rules].symmetric
-        return calibration.collect(graph, data, tensors, self.method, symmetric=symmetric, memory=self.memory)
+    def _collect(
+        self,
+        graph: Graph,
+        context: Context,
+        data: CalibrationData,
+        tensors: Sequence[str],
+        method: str,
+        axes: Mapping[str, int] | None = None,
+    ) -> calibration.Ranges:
+        def progress(done: int, total: int | None) -> None:
+            context.progress(f"calibrating, {done / total:.0%}" if total else f"calibrating, sample {done}")
 
-    def _survive(self, graph: Graph, context: Context, data: Any) -> None:
+        return calibration.collect(
+            graph, data, tensors, method, symmetric=TABLES[self.rules].symmetric, axes=axes, memory=self.memory,
+            progress=progress, cache=context.cache,
+        )  # fmt: skip
+
+    def _survive(self, graph: Graph, context: Context, data: CalibrationData) -> None:
         skipped = []
         if self.norms and (found := list(equalize.norms(graph))):
             axes = {node.outputs[0].name: axis for node, axis in found}
-            ranges = calibration.collect(graph, data, list(axes), "minmax", axes=axes, memory=self.memory)
+            ranges = self._collect(graph, context, data, list(axes), "minmax", axes)
             symmetric = TABLES[self.rules].symmetric
             skipped += equalize.reparameterize_norms(graph, ranges, symmetric=symmetric, apply=context.rewrite)
         if self.equalize:
@@ -160,7 +188,7 @@ class Quantize(Pass):
             axes = {p.entry.name: 1 if p.second.op == "Conv" else linear.rank(p.entry) - 1 for p in pairs}
             known: Mapping[str, calibration.Range] = {}
             if axes:
-                known = calibration.collect(graph, data, list(axes), "minmax", axes=axes, memory=self.memory)
+                known = self._collect(graph, context, data, list(axes), "minmax", axes)
             largest = {n: np.abs(np.asarray(r.per_channel)).max(1) for n, r in known.items() if r.per_channel}
             skipped += equalize.equalize(graph, largest, apply=context.rewrite)
         for one in skipped:
@@ -173,9 +201,12 @@ class Quantize(Pass):
         position = {id(n): i for i, n in enumerate(graph.nodes)}
         layers = [position[id(made.node)] for made in placement.layers]
         features = measure.cpu_features()
-        if self.bits or placement.rules.signed or not sensitivity.saturates(features):
+        if self.bits or placement.rules.simulated or not sensitivity.saturates(features):
             return dict.fromkeys(layers, self.bits or 8)
-        found = sensitivity.evidence(graph, placement.rules, ranges, placement, feeds[:_EVIDENCE])
+        found = sensitivity.evidence(
+            graph, placement.rules, ranges, placement, feeds[:_EVIDENCE], cache=context.cache,
+            progress=lambda done: context.progress(f"choosing widths, {done:.0%}"),
+        )  # fmt: skip
         bits = {i: sensitivity.choose_bits(e) for i, e in found.items()}
         for i in layers:
             if found[i].deviates:
@@ -196,12 +227,15 @@ class Quantize(Pass):
         biases: Mapping[int, np.ndarray],
         feeds: Sequence[Feeds],
         context: Context,
-    ) -> Mapping[int, int]:
-        """The layers that may stay int8; what was measured becomes notes."""
+    ) -> sensitivity.Search:
+        """What was measured of the layers, and which may stay int8; it becomes notes, too."""
+        context.progress("judging int8")
         found = sensitivity.search(
             graph, rules, ranges, bits, feeds,
-            biases=biases, runner=qdq.simulation if rules.signed else qdq.kernels, min_snr=self.min_snr,
-            max_drop=self.max_drop, evaluate=context.evaluate, seconds=self.seconds,
+            biases=biases, simulate=rules.simulated, min_snr=self.min_snr, max_drop=self.max_drop,
+            evaluate=context.evaluate if self.max_drop.limited else None, seconds=self.seconds,
+            thorough=self.min_snr > 0 or self.max_drop.limited, cache=context.cache,
+            progress=lambda done: context.progress(f"measuring what each layer costs, {done:.0%}"),
             **self._options,
         )  # fmt: skip
         score = "" if found.score is None else f", score {found.score:.4g} of {found.base:.4g}"
@@ -210,15 +244,17 @@ class Quantize(Pass):
             if row.reverted:
                 gain = "" if row.only_float is None else f": {row.only_float:.1f} dB without it"
                 context.note(f"left in floating point to keep the budget{gain}", graph.nodes[row.position])
+        if not found.finished:
+            context.note(f"not all layers were measured: {self.seconds:g} s were too little (option seconds)")
         if not found.holds:
             context.note("the budget does not hold: the time for reverting layers ran out")
-        if not rules.signed:
+        if not rules.simulated:
             trial = qdq.quantized(graph, rules, ranges, found.bits, biases, **self._options)
             reference = list(map(qdq.kernels(graph), feeds))
             simulated = qdq.snr(reference, map(qdq.simulation(trial), feeds))
             if simulated - found.snr > _GAP:
                 context.note(f"the real kernels lose {simulated - found.snr:.1f} dB against their simulation")
-        return found.bits
+        return found
 
 
 def _spread(feeds: Sequence[Feeds]) -> list[Feeds]:

@@ -253,7 +253,7 @@ def test_the_divergence_is_the_naive_one():
     windows = [(a, b) for a, b in itertools.product(range(0, 30, 7), range(40, 65, 3))]
     starts, stops = np.array(windows).T
     for levels in (4, 8, 10):
-        found = calibration._divergence(counts, starts, stops, levels)
+        found = calibration._Divergence(counts)(starts, stops, levels)
         naive = [naive_divergence(counts, a, b, levels) for a, b in windows]
         np.testing.assert_allclose(found, naive, rtol=1e-9, atol=1e-12)
         assert len(set(found.tolist())) > 10

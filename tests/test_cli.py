@@ -272,3 +272,46 @@ def test_python_api_is_the_same(folder, monkeypatch):
     engine = edgecompile.load(bundle.path)
     for name, value in engine.run(feeds).items():
         np.testing.assert_allclose(value, reference[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("key", ["max_drop", "max-drop"])
+@pytest.mark.parametrize("value", ['"0.5%"', "0.005"])
+def test_the_configuration_gives_a_drop_under_either_name(tmp_path, key, value, monkeypatch):
+    from edgecompile import driver
+    from edgecompile.pipeline import Drop
+
+    class Seen(Exception):
+        pass
+
+    def seen(source, options):
+        raise Seen(options.max_drop)
+
+    monkeypatch.setattr(driver, "check", seen)
+    (tmp_path / "e.toml").write_text(f"[build]\n{key} = {value}\n")
+    for more, expected in (((), value.strip('"')), (("--max-drop", "2%"), "2%")):
+        with pytest.raises(Seen) as caught:
+            arguments = ["shvit_s1", "--precision", "int8", "--config", str(tmp_path / "e.toml"), *more]
+            cli.build.main(arguments, standalone_mode=False)
+        assert caught.value.args == (Drop(expected),)
+
+
+def test_a_bar_stands_where_a_text_ends_in_a_percentage(monkeypatch):
+    import io
+
+    from edgecompile import terminal
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with terminal.progress() as say:
+        say("calibrating, 50%")
+        time.sleep(0.3)
+        say("judging int8")
+        time.sleep(0.3)
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", sys.stderr.getvalue())
+    lines = re.split(r"[\r\n]+", text)
+    assert any("calibrating, 50%" in x and "\u2501" in x for x in lines)
+    assert any("judging int8" in x for x in lines) and not any("judging" in x and "\u2501" in x for x in lines)

@@ -70,7 +70,10 @@ def test_a_file_without_a_gate_gives_the_defaults(tmp_path):
 
 def test_the_build_table_is_read_beside_a_gate(tmp_path):
     (tmp_path / "e.toml").write_text(documented())
-    assert config.load(tmp_path / "e.toml", "build", ("target",)) == {"target": "ort"}
+    assert config.load(tmp_path / "e.toml", "build", ("target", "max_drop")) == {
+        "target": "ort",
+        "max_drop": "0.5%",
+    }
     with pytest.raises(InputError, match=r"e\.toml:5: \[build\] has no key 'target'; did you mean 'targets'"):
         config.load(tmp_path / "e.toml", "build", ("targets",))
 
@@ -356,3 +359,17 @@ def test_without_a_device_that_fits_the_general_budgets_hold(tmp_path):
     assert found.for_device(DESKTOP) == found
     older = Fingerprint({**DESKTOP.hard, "versions.onnxruntime": "1.23.0"})
     assert (chosen := found.for_device(older).device) and chosen.name == "old"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [("0.5%", "0.5%"), ("0.5 %", "0.5%"), (0.005, "0.005"), (0, "0.0"), ("1", "1")]
+)
+def test_a_drop_of_a_score_is_a_share_or_a_number(value, text):
+    assert str(config.drop(value, "--max-drop")) == text
+
+
+@pytest.mark.parametrize("value", ["", "half", -0.1, "-1%", True, None, "200%"])
+def test_what_is_no_drop_is_refused_with_an_example(value):
+    with pytest.raises(InputError, match="--max-drop") as caught:
+        config.drop(value, "--max-drop")
+    assert "0.5%" in caught.value.fix

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnx_graphsurgeon as gs
 import pytest
 
@@ -25,7 +26,7 @@ from edgecompile.blame import User
 from edgecompile.errors import InputError
 from edgecompile.evaluate_child import Run, constants_of, join, on_engine, on_module, scores, split
 from edgecompile.frontend import Source, UserFile
-from edgecompile.graph import Port
+from edgecompile.graph import Graph, Port
 
 torch = pytest.importorskip("torch")
 nn = torch.nn
@@ -74,7 +75,7 @@ def pair(module: nn.Module, example: dict, folder: Path) -> Iterator[Pair]:
     call, constants = Call.bind(module, (), example, User()), constants_of((), example)
     engine = registry.target("ort").build(source.graph, folder, {"threads": 1})
     ports = source.graph.signature().inputs
-    yield Pair(call, Run(call, constants, on_engine(engine, ports)), constants)
+    yield Pair(call, Run(call, constants, on_engine(engine.run, ports)), constants)
     engine.close()
 
 
@@ -205,6 +206,81 @@ def test_other_inputs_than_those_of_the_model_are_refused(net, given, message):
     with pytest.raises(InputError) as caught:
         net.engine(given(x, shift))
     assert message in str(caught.value) and "example input " not in str(caught.value)
+
+
+# -- scores of graphs --------------------------------------------------------------------------------------------------
+
+SCORED = """import pathlib
+import torch
+
+HERE = pathlib.Path(__file__).parent
+
+
+def model():
+    return torch.nn.Linear(4, 3)
+
+
+def example_inputs():
+    return torch.zeros(2, 4)
+
+
+def evaluate(run):
+    with open(HERE / "calls", "a") as file:
+        file.write("x")
+    print(input_() if (HERE / "input").exists() else "", end="")
+    return run(torch.ones(6, 4)).sum() + float((HERE / "data").read_text())
+
+
+def input_():
+    import sys
+    return sys.stdin.read()
+"""
+
+
+def test_graphs_are_scored_in_one_process_and_kept_while_evaluate_is_what_it_was(tmp_path):
+    path, cache = tmp_path / "scored.py", tmp_path / "cache"
+    path.write_text(SCORED)
+    (tmp_path / "data").write_text("0")
+    request = {"kind": "python", "path": str(path), "factory": "model", "inputs": {}, "dynamic": {}, "seed": 0}
+    file = UserFile(request, ("evaluate",))
+
+    def graph(weight: float) -> Graph:
+        text = (
+            '<ir_version: 8, opset_import: ["" : 17]> g (float[2,4] input) => (float[2,3] y) { y = MatMul (input, w) }'
+        )
+        model = onnx.parser.parse_model(text)
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.full((4, 3), weight, np.float32), "w"))
+        return Graph.from_proto(model)
+
+    def scored(*weights: float) -> tuple[list[float], int]:
+        with frontend.scorer(file, folder=tmp_path / "scratch", cache=cache) as scorer:
+            found = [scorer(graph(w), bool(i % 2)) for i, w in enumerate(weights)]
+            assert scorer.failure is None
+        count = len((tmp_path / "calls").read_text())
+        (tmp_path / "calls").unlink()
+        return found, count
+
+    assert scored(1, 2, math.nan, 2) == ([72.0, 144.0, -math.inf, 144.0], 3)
+    assert scored(1, 2, 3) == ([72.0, 144.0, 216.0], 2)  # the first shows that what was kept still holds
+    (tmp_path / "data").write_text("1")
+    (tmp_path / "input").touch()  # stdin is empty for the user's code, whose requests come that way
+    assert scored(1, 2) == ([73.0, 145.0], 2)
+
+
+@pytest.mark.slow
+def test_a_score_that_fails_is_an_error_that_names_the_line(tmp_path):
+    path = tmp_path / "scored.py"
+    request = {"kind": "python", "path": str(path), "factory": "model", "inputs": {}, "dynamic": {}, "seed": 0}
+    for line, message in (("return run(torch.ones(6, 5))", r"scored\.py"), ("return float('nan')", "nan")):
+        path.write_text(SCORED.replace("return run(torch.ones(6, 4)).sum()", f"{line}; 1"))
+        with frontend.scorer(UserFile(request, ("evaluate",)), folder=tmp_path / "scratch") as scorer:
+            text = (
+                '<ir_version: 8, opset_import: ["" : 17]> g (float[2,4] input) => (float[2,4] y) { y = Relu (input) }'
+            )
+            with pytest.raises(InputError, match=message) as caught:
+                scorer(Graph.from_proto(onnx.parser.parse_model(text)), False)
+            assert scorer.failure is caught.value
+        assert not list((tmp_path / "scratch").glob("graph*"))
 
 
 # -- scores ------------------------------------------------------------------------------------------------------------

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from typing import ClassVar
 
+import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import parser
+from onnx import helper, numpy_helper, parser
 
 from edgecompile import oracle, pipeline, registry
 from edgecompile.errors import InputError, PassError
 from edgecompile.graph import Graph
-from edgecompile.pipeline import Context, Pass, PassResult, Pipeline
+from edgecompile.pipeline import Context, Drop, Pass, PassResult, Pipeline
 
 MODEL = """<ir_version: 9, opset_import: ["" : 18]>
 g (float[N,4,6,6] x) => (float[N,6] y, float[N,6,4,4] z) {
@@ -313,3 +315,64 @@ def test_verification_runs_on_the_given_feeds():
     before = oracle.run(graph, feeds[0])
     trace = Pipeline((Rename(),)).run(graph, feeds)
     assert not trace.failures and np.array_equal(before["y"], oracle.run(graph, feeds[0])["y"])
+
+
+@pytest.mark.parametrize(
+    ("text", "base", "least"),
+    [("0.5%", 0.8, 0.796), ("0.5%", 80.0, 79.6), ("0.5%", -2.0, -2.01), ("0.005", 0.8, 0.795), ("0", 0.8, 0.8)],
+)
+def test_a_drop_is_a_share_of_the_score_or_in_its_unit(text, base, least):
+    drop = Drop(text)
+    assert drop.limited and str(drop) == text
+    assert drop.holds(least + 1e-9, base) and drop.holds(base + 1, base) and not drop.holds(least - 1e-6, base)
+    assert not drop.holds(-math.inf, base) and not drop.holds(math.nan, base)
+
+
+def test_no_drop_is_any_drop_and_nonsense_is_none():
+    assert not Drop().limited and Drop().holds(-1e9, 1.0)
+    for wrong in ("", "half", "-1", "-1%", "101%", "nan", "5%%", "0,5%"):
+        with pytest.raises(ValueError, match="drop"):
+            Drop(wrong)
+
+
+def test_a_drop_goes_through_a_spec():
+    for spec in ("quantize{max_drop=0.5%}", "cast{max_drop=0.005}"):
+        assert str(Pipeline.parse(spec)) == spec
+    assert Pipeline.parse('quantize{max_drop="0.5%"}').passes[0].max_drop == Drop("0.5%")  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="max_drop"):
+        Pipeline.parse("quantize{max_drop=much}")
+
+
+def test_bfloat16_is_rounded_as_bfloat16_is():
+    """What is rounding in bfloat16 is an error in float32."""
+    rng = np.random.default_rng(0)
+
+    def graph(dtype) -> Graph:
+        code = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+        x, y = (helper.make_tensor_value_info(n, code, [1, 64]) for n in "xy")
+        tensors = [numpy_helper.from_array(rng.standard_normal((64, 64)).astype(dtype), "w")]
+        made = helper.make_graph([helper.make_node("MatMul", ["x", "w"], ["y"])], "g", [x], [y], tensors)
+        return Graph.from_proto(helper.make_model(made, opset_imports=[helper.make_opsetid("", 22)], ir_version=10))
+
+    @dataclass(frozen=True)
+    class Nudge(Pass):
+        """Change a weight by a few ulps of bfloat16."""
+
+        name: ClassVar[str] = "nudge"
+        factor: float = 1 + 2**-7
+
+        def run(self, graph, context):
+            (node,) = graph.nodes
+            values = graph.constant(node.inputs[1])
+            if context.rewrite("nudge", node):
+                wide = values.astype(np.float32) * np.float32(self.factor)
+                node.inputs[1] = graph.new_constant("v", wide.astype(values.dtype))
+            return context.result()
+
+    def failed(dtype, factor: float) -> bool:
+        (step,) = Pipeline((Nudge(factor),)).run(graph(dtype)).steps
+        assert step.errors is not None
+        return bool(step.failure)
+
+    assert not failed(ml_dtypes.bfloat16, 1 + 2**-7) and failed(ml_dtypes.bfloat16, 4.0)
+    assert failed(np.float32, 1 + 2**-7)

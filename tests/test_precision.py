@@ -15,7 +15,8 @@ import pytest
 from edgecompile import bundle, driver, frontend
 from edgecompile.errors import InputError
 from edgecompile.measure import Samples
-from edgecompile.pipeline import Step
+from edgecompile.pipeline import Drop, Step, Trace
+from edgecompile.sensitivity import LayerScore, Search
 from edgecompile.target import LayerTime
 
 NET = """import torch
@@ -46,7 +47,8 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture
-def folder(tmp_path) -> Path:
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("EDGECOMPILE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "plain.py").write_text(NET)
     (tmp_path / "data.py").write_text(NET + DATA)
     return tmp_path
@@ -172,6 +174,109 @@ def test_fp16_keeps_its_budget(folder):
     for name, wanted in reference.items():
         noise = np.square(found[name] - wanted).sum()
         assert 10 * np.log10(np.square(wanted).sum() / noise) > 45
+
+
+# -- a score to keep ---------------------------------------------------------------------------------------------------
+
+# How far the outputs are from those in floating point, in per cent of the largest; each call is counted in a file.
+SCORE = """
+
+def evaluate(run):
+    with open(__file__ + ".calls", "a") as file:
+        file.write("x")
+    torch.manual_seed(3)
+    x, net = torch.randn(16, 3, 24, 24), model().eval()
+    with torch.no_grad():
+        wanted = net(x)
+        return 100 - 100 * (run(x) - wanted).abs().max() / wanted.abs().max()
+"""
+
+
+def calls(path: Path) -> int:
+    counter = Path(f"{path}.calls")
+    found = len(counter.read_text()) if counter.exists() else 0
+    counter.unlink(missing_ok=True)
+    return found
+
+
+def table(path: Path) -> dict:
+    return json.loads((path / "report.json").read_text())["sensitivity"]
+
+
+@pytest.mark.slow
+def test_a_score_is_kept_and_found_out_once(folder):
+    path = folder / "scored.py"
+    path.write_text(NET + DATA + SCORE)
+    source = frontend.load(str(path), folder=folder / "scratch")
+
+    def build(max_drop: str | None) -> dict:
+        drop = None if max_drop is None else Drop(max_drop)
+        options = driver.Options(precision="int8", bench=False, max_drop=drop)
+        driver.build(source, folder / "out", options)
+        return table(folder / "out")
+
+    free = build(None)
+    assert free["score"] is None and not calls(path), "without a budget nobody is asked"
+    assert not any(row["reverted"] for row in free["layers"])
+    loose = build("50%")
+    assert loose["base"] == pytest.approx(100, abs=1e-3) and loose["holds"] and loose["finished"]
+    assert not any(row["reverted"] for row in loose["layers"]) and all(row["score"] for row in loose["layers"])
+    assert calls(path) == 2 + len(loose["layers"])  # in floating point, with all layers, and without each
+    missed = (100 - loose["score"]) / 2
+    tight = build(f"{missed}")
+    assert tight["score"] >= tight["base"] - missed and tight["layers"][0]["reverted"]
+    assert any(not row["reverted"] for row in tight["layers"]) and 0 < calls(path) < 4  # what is new, and the first
+    assert build(f"{missed}") == tight and calls(path) == 1, "one call shows that evaluate is what it was"
+    path.write_text(path.read_text().replace("100 - 100", "200 - 100"))
+    assert build("50%")["base"] == pytest.approx(200, abs=1e-3) and calls(path) > 2, "another file, another score"
+
+
+@pytest.mark.slow
+def test_an_error_in_the_score_stops_the_build(folder):
+    path = folder / "scored.py"
+    path.write_text(NET + DATA + "\n\ndef evaluate(run):\n    return run(torch.zeros(1, 3, 5, 5)).max()\n")
+    source = frontend.load(str(path), folder=folder / "scratch")
+    options = driver.Options(precision="int8", bench=False, max_drop=Drop("1%"))
+    with pytest.raises(InputError, match=r"scored\.py:22"):
+        driver.build(source, folder / "out", options)
+    assert not (folder / "out").exists()
+    path.write_text(NET + DATA + "\n\ndef evaluate(run):\n    return float('nan')\n")
+    with pytest.raises(InputError, match="nan"):
+        driver.build(source, folder / "out", options)
+
+
+@pytest.mark.parametrize("name", ["plain.py", "shvit_s1", "plain.py:model"])
+def test_a_score_needs_evaluate_and_that_is_said_before_anything_is_done(folder, name, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(InputError, match="needs a score") as caught:
+        driver.check(name, driver.Options(precision="int8", max_drop=Drop("0.5%")))
+    assert "def evaluate(run)" in caught.value.fix
+    driver.check(name, driver.Options(precision="int8"))
+    driver.check(name, driver.Options(max_drop=Drop("0.5%")))  # in fp32 there is nothing to lose
+    (folder / "scored.py").write_text(NET + SCORE)
+    driver.check("scored.py:model", driver.Options(precision="int8", max_drop=Drop("0.5%")))
+
+
+def test_time_saved_is_that_of_the_kernels_that_hold_a_layer():
+    class Opened:
+        layers = staticmethod(lambda feeds: [
+            LayerTime("k0", "Conv", 50.0, ("a", "relu")), LayerTime("k1", "Conv", 30.0, ("b",)),
+            LayerTime("k2", "Gemm", 9.0, ("c", "d")), LayerTime("k3", "Conv", 7.0, ("e",)),
+        ])  # fmt: skip
+        close = staticmethod(lambda: None)
+
+    class Opener:
+        load = staticmethod(lambda place, manifest, graph: Opened)
+
+    rows = [LayerScore(i, name, name, 8, reverted=name == "e") for i, name in enumerate("abcde")]
+    trace = Trace((), Search({}, tuple(rows), 1.0, 1.0, None, None, True, True))
+    now = [LayerTime("q", "QLinearConv", 20.0, ("a",)), LayerTime("r", "QLinearConv", 31.0, ("b", "relu")),
+           LayerTime("s", "QGemm", 1.0, ("c",)), LayerTime("t", "Conv", 7.0, ("e",))]  # fmt: skip
+    arms = {"plain export": (None, None, None), "engine": (None, None, None)}
+    stages = [(Step("quantize", False, (), (), None, None, None, 0.0), None)]  # type: ignore[arg-type]
+    found = driver._saved(Opener, arms, stages, trace, now, {})  # type: ignore[arg-type]
+    assert found == {0: 30.0, 1: -1.0}  # c shares a kernel with d, e was reverted
+    assert not driver._saved(Opener, arms, [], trace, now, {})  # type: ignore[arg-type]
 
 
 def test_a_precision_that_a_target_lacks(folder):

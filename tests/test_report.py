@@ -34,7 +34,18 @@ from edgecompile.graph import Graph
 from edgecompile.measure import Ratio, Samples
 from edgecompile.oracle import OutputError, compare_all, probe_feeds, run
 from edgecompile.pipeline import Note, Pass, Pipeline, Rewrite, Step
-from edgecompile.report import Arm, File, Latency, Model, Parity, Port, Provenance, Report
+from edgecompile.report import (
+    Arm,
+    File,
+    Latency,
+    Model,
+    Parity,
+    Port,
+    Provenance,
+    Report,
+    SensitiveLayer,
+    Sensitivity,
+)
 from edgecompile.stats import Stats
 from edgecompile.target import EngineManifest, LayerTime
 
@@ -150,6 +161,14 @@ def full(**changes) -> Report:
             File("model.onnx", 25_411_221, hashlib.sha256(b"model").hexdigest()),
             File("engine.onnx", 25_233_018, hashlib.sha256(b"engine").hexdigest()),
         ),
+        sensitivity=Sensitivity(
+            18.25, 31.5, 0.7101, 0.7134, True, False,
+            (
+                SensitiveLayer("blocks3.14.ffn.pw1 (Conv)", 8, 19.75, 27.125, 0.7098, None, True),
+                SensitiveLayer("patch_embed.0.c (Conv)", 7, 42.0, 18.5, None, 12.5, False),
+                SensitiveLayer("head.l (Gemm)", 8, math.inf, None, None, -0.75, False),
+            ),
+        ),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
 
@@ -161,6 +180,7 @@ def empty() -> Report:
         model=Model("net.onnx", "onnx", (), (Port("y", "float32", ()),)),
         export=(), before=same, after=same, passes=(), latency=None, accuracy=None, layers=(),
         files=(), parity=Parity("the graph as given", 1e-4, {"y": OutputError(0.0, 0.0, 1.0, math.inf)}),
+        sensitivity=None,
     )  # fmt: skip
 
 
@@ -501,6 +521,41 @@ def test_the_verdict_tells_what_was_not_compared_and_what_the_build_warns_of():
     assert not [line for line in _said(full()) if "not compared" in line[1] or "The build says" in line[1]]
 
 
+def _texts(made: Report) -> dict[str, str]:
+    page = html.unescape(re.sub("<[^>]*>", " ", render_html.page(made)))
+    return {"terminal": _printed(made, width=160), "markdown": render_text.markdown(made), "page": page}
+
+
+def test_every_rendering_has_the_table_of_sensitive_layers():
+    for form, text in _texts(full()).items():
+        assert "2 of 3 layers are int8: 31.5 dB on calibration data, 18.2 dB with all of them" in text.replace(
+            "\n", " "
+        ), form
+        row = next(line for line in re.split("\n", text) if "blocks3.14.ffn.pw1 (Conv)" in line and "19.8 dB" in line)
+        assert "27.1 dB" in row and "0.7098" in row and "reverted" in row, form
+        assert "12.5 µs" in text and "−750 ns" in text and "time ran out" in text.replace("\n", " "), form
+
+
+def test_columns_and_tables_without_figures_are_left_out():
+    made = full()
+    assert made.sensitivity is not None
+    rows = tuple(dataclasses.replace(r, score=None, saved=None) for r in made.sensitivity.layers)
+    bare = dataclasses.replace(made.sensitivity, layers=rows, score=None, base=None, finished=True)
+    for form, text in _texts(full(sensitivity=bare)).items():
+        assert "most sensitive to int8" in text and not re.search("score, if|time saved", text, re.IGNORECASE), form
+    unmeasured = tuple(dataclasses.replace(r, only_int8=None, only_float=None) for r in rows)
+    for left in (dataclasses.replace(bare, layers=unmeasured), None):
+        assert all("most sensitive" not in text for text in _texts(full(sensitivity=left)).values())
+
+
+def test_a_budget_that_does_not_hold_is_among_the_first_things_said():
+    made = full()
+    assert made.sensitivity is not None
+    missed = full(sensitivity=dataclasses.replace(made.sensitivity, holds=False))
+    assert ("warn", "The budget of int8 does not hold: the time for reverting layers ran out.") in _said(missed)
+    assert not any("budget of int8" in said for _, said in _said(made))
+
+
 def test_no_percentile_without_the_calls_for_it():
     assert Arm.of(_samples("a", 1e-3, 1, 458)).p99 is None
     assert Arm.of(_samples("a", 1e-3, 1, 459)).p99 is not None
@@ -751,7 +806,7 @@ def test_a_bar_in_a_table_cell_does_not_end_it(bars: str):
 def test_markdown_has_whole_tables(made: Report):
     text = render_text.markdown(made)
     kinds, _ = _tokens(text)
-    tables = 1 + 1 + (made.latency is not None) + 2 * bool(made.layers)
+    tables = 1 + 1 + (made.latency is not None) + (made.sensitivity is not None) + 2 * bool(made.layers)
     assert kinds.count("table_open") == tables
     rows = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
     assert rows

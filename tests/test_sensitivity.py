@@ -10,6 +10,7 @@ from onnx import numpy_helper, parser
 
 from edgecompile import calibration, measure, oracle, qdq, sensitivity
 from edgecompile.graph import Graph
+from edgecompile.pipeline import Drop
 from edgecompile.placement import ORT_CPU, place
 from edgecompile.sensitivity import Evidence, choose_bits, saturates
 
@@ -160,15 +161,86 @@ def test_a_score_decides_where_one_is_given():
     feeds, _, ranges, bits = prepared(graph)
     reference = list(map(qdq.kernels(graph), feeds))
 
-    def agreement(run) -> float:
+    def agreement(graph: Graph, simulate: bool) -> float:
+        run = qdq.kernels(graph)
         return -float(np.mean([np.abs(run(f)["y"] - r["y"]).mean() for f, r in zip(feeds, reference, strict=True)]))
 
     free = sensitivity.search(graph, ORT_CPU, ranges, bits, feeds, evaluate=agreement, ends=True)
     assert free.base == 0 and free.score is not None and free.score < 0 and len(free.bits) == 4
     tight = sensitivity.search(
-        graph, ORT_CPU, ranges, bits, feeds, evaluate=agreement, max_drop=-free.score / 4, ends=True
+        graph, ORT_CPU, ranges, bits, feeds, evaluate=agreement, max_drop=Drop(f"{-free.score / 4}"), ends=True
     )
     assert tight.score is not None and -tight.score <= -free.score / 4 and len(tight.bits) < 4
+
+
+def test_an_interrupted_search_goes_on_where_it_was(tmp_path, monkeypatch):
+    graph = network()
+    feeds, _, ranges, bits = prepared(graph)
+    expected = sensitivity.search(graph, ORT_CPU, ranges, bits, feeds, min_snr=30.0, ends=True)
+    made, real = [], qdq.quantized
+
+    def interrupted(*arguments, **options):
+        made.append(arguments)
+        if len(made) == 5:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    def search(**changes):
+        made.clear()
+        settings = {"min_snr": 30.0, "ends": True, "cache": tmp_path} | changes
+        return sensitivity.search(graph, ORT_CPU, ranges, bits, settings.pop("feeds", feeds), **settings)
+
+    monkeypatch.setattr(qdq, "quantized", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        search()
+    monkeypatch.setattr(qdq, "quantized", lambda *a, **k: (made.append(a), real(*a, **k))[1])
+    assert search() == expected
+    assert 0 < len(made) < 9  # nine in all; four were known
+    assert search() == expected and not made
+    assert not search(min_snr=0.0).table[0].reverted and not made  # another budget, the same evidence
+    search(feeds=feeds[1:])
+    assert made, "other inputs are other evidence"
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes().replace(b'"figures": {"', b'"figures": {"0', 1))
+    assert search() == expected and made, "a damaged file is measured again"
+
+
+def test_how_many_are_reverted_is_found_in_few_attempts():
+    graph = network()
+    feeds, _, ranges, bits = prepared(graph)
+    budgets, scored = [30.0, 45.0, 60.0, 200.0], []
+
+    def counted(trial: Graph, simulate: bool) -> float:
+        scored.append(trial)
+        return -sum(n.op == "QuantizeLinear" for n in trial.nodes)
+
+    for budget in budgets:
+        found = sensitivity.search(graph, ORT_CPU, ranges, bits, feeds, min_snr=budget, ends=True)
+        assert found.holds and found.snr >= budget
+        worst = [r.position for r in found.table if r.reverted]
+        assert worst == [r.position for r in found.table[: len(worst)]]
+        kept = {i: b for i, b in bits.items() if i not in worst[:-1]}
+        trial = qdq.quantized(graph, ORT_CPU, ranges, kept, ends=True)
+        reference = list(map(qdq.kernels(graph), feeds))
+        assert qdq.snr(reference, map(qdq.kernels(trial), feeds)) < budget, "one fewer would not do"
+    found = sensitivity.search(
+        graph, ORT_CPU, ranges, bits, feeds, evaluate=counted, max_drop=Drop("0"), seconds=1e3, ends=True
+    )
+    assert found.holds and not found.bits and found.score == found.base == 0
+    assert len(scored) == 2 + 4 + 3  # float and int8, each layer reverted, then one, three and four of them
+    assert all(r.score is not None for r in found.table)
+
+
+def test_the_table_is_made_where_it_is_cheap_or_asked_for(monkeypatch):
+    graph = network()
+    feeds, _, ranges, bits = prepared(graph)
+    assert sensitivity.search(graph, ORT_CPU, ranges, bits, feeds, ends=True).measured
+    monkeypatch.setattr(sensitivity, "_CHEAP", -1.0)
+    without = sensitivity.search(graph, ORT_CPU, ranges, bits, feeds, ends=True)
+    assert not without.measured and without.finished and len(without.table) == 4
+    assert sensitivity.search(graph, ORT_CPU, ranges, bits, feeds, thorough=True, ends=True).measured
+    late = sensitivity.search(graph, ORT_CPU, ranges, bits, feeds, thorough=True, seconds=-1.0, ends=True)
+    assert late.holds and not late.finished
 
 
 def test_signal_to_noise_ratio_of_the_worst_output():

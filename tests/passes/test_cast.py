@@ -16,7 +16,7 @@ from edgecompile import oracle, registry
 from edgecompile.errors import InputError
 from edgecompile.graph import Graph, provenance
 from edgecompile.passes.cast import Cast, emulated
-from edgecompile.pipeline import Context, PassResult, Pipeline
+from edgecompile.pipeline import Context, Drop, PassResult, Pipeline
 
 HALF, BRAIN = TensorProto.FLOAT16, TensorProto.BFLOAT16
 FLOATS = {TensorProto.FLOAT, HALF, BRAIN, TensorProto.DOUBLE}
@@ -678,3 +678,33 @@ def test_zoo(name: str, tmp_path: Path):
             assert error.snr_db >= 50
         large = {n: 10 * v for n, v in feed.items()}
         assert all(np.isfinite(v).all() for v in oracle.run(emulated(graph), large).values())
+
+
+def test_the_score_tightens_the_error_that_is_allowed():
+    graph = graph_of(
+        "(float[1,64] x) => (float[1,64] y) { a = MatMul (x, W) b = Tanh (a) y = MatMul (b, V) }", W=W, V=normal(64, 64)
+    )
+    feeds, scored = oracle.probe_feeds(graph), []
+    reference = [oracle.run(graph, f)["y"] for f in feeds]
+
+    def score(trial: Graph, simulate: bool) -> float:
+        assert simulate, "float16 in the runtime's own kernels would flatter it"
+        found = [oracle.run(trial, f)["y"] for f in feeds]
+        scored.append(-max(float(np.abs(a - b).max()) for a, b in zip(found, reference, strict=True)))
+        return scored[-1]
+
+    def kept(max_drop: str) -> int:
+        trial, context = graph.copy(), Context(tuple(feeds), evaluate=score)
+        context.begin("cast")
+        result = Cast(max_drop=Drop(max_drop)).run(trial, context)
+        assert ("the score fell too much" in notes(result)) == (len(result.rewrites) < 3)
+        return len(result.rewrites)
+
+    assert kept("inf") == 3 and not scored
+    assert kept("1.0") == 3 and scored[0] == 0 > scored[1]
+    assert kept(f"{-scored[1] / 2}") < 3
+    assert kept("0") == 0
+    context = Context(tuple(feeds))
+    context.begin("cast")
+    with pytest.raises(InputError, match="needs a score"):
+        Cast(max_drop=Drop("1%")).run(graph, context)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from onnx import numpy_helper, parser
 
-from edgecompile import oracle, qdq, sensitivity
+from edgecompile import calibration, oracle, qdq, sensitivity
 from edgecompile.calibration_data import CalibrationData, open_data
 from edgecompile.errors import InputError
 from edgecompile.graph import Graph, provenance
 from edgecompile.passes import quantize
 from edgecompile.passes.quantize import Quantize
-from edgecompile.pipeline import Context, PassResult, Pipeline
+from edgecompile.pipeline import Context, Drop, PassResult, Pipeline
 from edgecompile.sensitivity import Evidence
 
 pytest.importorskip("onnxruntime")
@@ -115,6 +115,32 @@ def test_random_calibration_is_marked():
     assert "random numbers" not in notes(run(other))
 
 
+def test_what_was_found_out_is_kept_and_progress_is_told(tmp_path, monkeypatch):
+    reference, said, observed = net(), [], []
+    real = calibration._stream
+    monkeypatch.setattr(calibration, "_stream", lambda *a: (observed.append(a), real(*a))[1])
+
+    def once(**options) -> Graph:
+        graph = net()
+        context = Context(calibration=data(graph), progress=said.append, cache=tmp_path)
+        context.begin("quantize")
+        result = Quantize(min_snr=1.0, **options).run(graph, context)
+        assert result.sensitivity is not None and result.sensitivity.measured
+        return graph
+
+    first = once()
+    assert len(observed) == 1 and "calibrating, sample 12" in said and "measuring what each layer costs, 100%" in said
+    kept = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    assert len(kept) >= 2
+    assert once().digest() == first.digest() and len(observed) == 1, "ranges come from the cache"
+    for name, content in kept.items():
+        (tmp_path / name).write_bytes(content[: len(content) // 2])
+    assert once().digest() == first.digest() and len(observed) == 2, "a damaged cache is not believed"
+    once(method="minmax")
+    assert len(observed) == 2, "other methods need no other statistics"
+    assert reference.digest() == net().digest()
+
+
 def test_an_old_opset_is_refused():
     with pytest.raises(InputError, match="opset 13"):
         run(net(11))
@@ -178,7 +204,7 @@ def test_weights_are_7_bits_where_the_kernels_saturate(monkeypatch):
     """The evidence is that of a CPU whose pointwise kernels saturate; its real kernels are not at hand."""
     seen = {}
 
-    def recorded(graph, rules, ranges, placement, feeds):
+    def recorded(graph, rules, ranges, placement, feeds, **_):
         for number, node in enumerate(graph.nodes):
             if node.op in ("Conv", "Gemm"):
                 bad = node.attrs.get("group", 1) == 1
@@ -227,15 +253,18 @@ def test_a_score_is_kept_within_its_drop():
     feeds = list(data(reference).feeds())
     outputs = list(map(qdq.kernels(reference), feeds))
 
-    def score(call) -> float:
+    def score(graph: Graph, simulate: bool) -> float:
+        call = (qdq.simulation if simulate else qdq.kernels)(graph)
         return -float(np.mean([np.abs(call(f)["y"] - o["y"]).mean() for f, o in zip(feeds, outputs, strict=True)]))
 
     graph = net()
-    assert "score" in notes(run(graph, evaluate=score))
-    loss = -score(qdq.kernels(graph))
+    assert "score" in notes(run(graph, evaluate=score, max_drop=Drop("1e9")))
+    loss = -score(graph, False)
     tight = net()
-    run(tight, evaluate=score, max_drop=loss / 3)
-    assert -score(qdq.kernels(tight)) <= loss / 3
+    run(tight, evaluate=score, max_drop=Drop(f"{loss / 3}"))
+    assert -score(tight, False) <= loss / 3
+    with pytest.raises(InputError, match="needs a score"):
+        run(net(), max_drop=Drop("1%"))
 
 
 def test_non_finite_outputs_are_rejected_and_noise_is_not():
@@ -247,7 +276,7 @@ def test_non_finite_outputs_are_rejected_and_noise_is_not():
 
 @pytest.mark.parametrize(
     "options",
-    [{"method": "magic"}, {"rules": "cuda"}, {"bits": 4}, {"ends": "none"}, {"max_drop": -1.0}, {"memory": 0}],
+    [{"method": "magic"}, {"rules": "cuda"}, {"bits": 4}, {"ends": "none"}, {"memory": 0}],
 )
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
