@@ -2,25 +2,28 @@
 
 Native ``tensorrt``, always strongly typed: precision is in the graph. Without TensorRT, :meth:`TrtTarget.prepare` does
 everything that needs none, and the board finishes the build.
+
+What runs an engine (:mod:`edgecompile.targets.trt.session` and what it imports, this file included) needs numpy and
+TensorRT only: it travels to boards. What takes the graph is imported where it is used.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from edgecompile.errors import EnvironmentMissing
 from edgecompile.files import write_atomic
-from edgecompile.graph import Graph
-from edgecompile.target import Capability, Engine, EngineManifest, Target
-from edgecompile.targets.trt import build as trt_build
+from edgecompile.target import Capability, Engine, EngineManifest, LayerTime, Target
 from edgecompile.targets.trt import device as trt_device
 from edgecompile.targets.trt import options as trt_options
-from edgecompile.targets.trt import plan, preflight, probe, strong_typing, support
-from edgecompile.targets.trt.engine import TrtEngine
-from edgecompile.targets.trt.preflight import Problem, View
+from edgecompile.targets.trt import plan, probe, session
+
+if TYPE_CHECKING:
+    from edgecompile.graph import Graph
+    from edgecompile.targets.trt.preflight import Problem, View
 
 ENGINE, TIMING_CACHE = "engine.plan", "timing.cache"
 
@@ -56,9 +59,9 @@ class TrtTarget(Target):
     name: ClassVar[str] = "trt"
     options: ClassVar[Mapping[str, tuple[Any, str]]] = trt_options.OPTIONS
     pipelines: ClassVar[Mapping[str, str]] = {
-        "fp32": "clean,fold_norm,reparam",
-        "fp16": "clean,fold_norm,reparam,cast",
-        "int8": "clean,fold_norm,reparam,quantize{rules=tensorrt}",
+        "fp32": "clean,fold_norm,reparam,legalize{target=trt}",
+        "fp16": "clean,fold_norm,reparam,cast,legalize{target=trt}",
+        "int8": "clean,fold_norm,reparam,quantize{rules=tensorrt},legalize{target=trt}",
     }
 
     def probe(self) -> Sequence[Capability]:
@@ -84,6 +87,9 @@ class TrtTarget(Target):
         Raises:
             InputError: an option cannot be used, or no version of TensorRT takes the graph.
         """
+        from edgecompile.targets.trt import preflight, support
+        from edgecompile.targets.trt.preflight import View
+
         chosen = trt_options.parse(options)
         view = View.of(graph, support.VERSIONS[0])
         problems = {version: tuple(_problems(view, version)) for version in support.VERSIONS}
@@ -109,15 +115,21 @@ class TrtTarget(Target):
             InputError: an option cannot be used, or TensorRT refuses the graph (all nodes, by module path).
             EnvironmentMissing: TensorRT or a device is missing, or the device has too little memory.
         """
+        from edgecompile.targets.trt import build as trt_build
+        from edgecompile.targets.trt import preflight, strong_typing
+        from edgecompile.targets.trt.engine import TrtEngine
+
         chosen = trt_options.parse(options)
         trt = probe.runtime()
         trt_options.require(chosen, probe.facts(trt))
-        device, log = trt_device.open_device(), trt_build.logger(trt)
+        device, log = trt_device.open_device(), session.logger(trt)
         machine = probe.machine(trt, device, log)
         named = trt_build.named(graph)
         typed = strong_typing.check(named, trt.__version__)
         preflight.require(typed, trt.__version__, len(named.nodes))
         built = trt_build.build(trt, named, chosen, log, say)
+        if say is not None and built.dla is not None:
+            say(str(built.dla))
         plan.write(
             folder / ENGINE,
             bytes(built.plan),
@@ -129,28 +141,38 @@ class TrtTarget(Target):
         write_atomic(folder / TIMING_CACHE, [built.timing_cache])
         if chosen.timing_cache and not chosen.replay:
             write_atomic(Path(chosen.timing_cache), [built.timing_cache])
-        notes = [*built.notes, *(str(p) for p in typed)]
-        recorded = chosen.recorded() | {
-            "_timing_cache_sha256": trt_options.digest(built.timing_cache),
-            "_notes": notes,
-        }
+        dla = {"_dla": asdict(built.dla)} if built.dla else {}
+        recorded = (
+            chosen.recorded()
+            | dla
+            | {
+                "_timing_cache_sha256": trt_options.digest(built.timing_cache),
+                "_notes": [*([str(built.dla)] if built.dla else []), *(str(p) for p in typed)],
+            }
+        )
         files = (ENGINE, TIMING_CACHE)
         where = f"sm_{machine.compute_capability.replace('.', '')} {machine.os}"
         manifest = EngineManifest(self.name, files, {"tensorrt": trt.__version__}, where, recorded)
-        return TrtEngine(trt, device, manifest, chosen, plan.read(folder / ENGINE, machine)[1], named, log)
+        return TrtEngine(trt, device, manifest, chosen, plan.read(folder / ENGINE, machine)[1], log, named)
 
     def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
         """See :meth:`edgecompile.target.Target.load`; TensorRT sees the engine only after its header was verified."""
-        chosen = trt_options.parse(manifest.options)
-        if not manifest.files:
-            raise EnvironmentMissing(
-                f"{folder} holds no engine yet", "it was prepared without TensorRT", f"run edgecompile build {folder}"
-            )
-        trt = probe.runtime()
-        device, log = trt_device.open_device(), trt_build.logger(trt)
-        _, payload = plan.read(folder / manifest.files[0], probe.machine(trt, device, log))
-        return TrtEngine(trt, device, manifest, chosen, payload, trt_build.named(graph), log)
+        from edgecompile.targets.trt.build import named
+        from edgecompile.targets.trt.engine import TrtEngine
+
+        return TrtEngine(*session.verified(folder, manifest), named(graph))
+
+    def layers(
+        self, folder: Path, manifest: EngineManifest, graph: Graph, profile: Mapping[str, Any]
+    ) -> list[LayerTime]:
+        """See :meth:`edgecompile.target.Target.layers`."""
+        from edgecompile.targets.trt.build import named
+        from edgecompile.targets.trt.layers import of_profile
+
+        return of_profile(profile, named(graph))
 
 
 def _problems(view: View, version: str) -> list[Problem]:
+    from edgecompile.targets.trt import preflight, strong_typing
+
     return [*preflight.check(view, version), *strong_typing.check(view, version)]

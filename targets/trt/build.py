@@ -26,18 +26,36 @@ _CACHE_MISS = re.compile(r"timing cache.*miss|miss.*timing cache|not found in (t
 
 
 @dataclass(frozen=True)
+class Dla:
+    """How much of a network a DLA core runs.
+
+    Attributes:
+        layers: of the network.
+        taken: that the core takes; the others run on the GPU.
+        islands: runs of successive layers that it takes. Between two, tensors go to the GPU and back.
+    """
+
+    layers: int
+    taken: int
+    islands: int
+
+    def __str__(self) -> str:
+        return f"DLA: {self.taken} of {self.layers} layers, {self.islands} islands"
+
+
+@dataclass(frozen=True)
 class Built:
     """What the builder made.
 
     Attributes:
         plan: the serialised engine.
         timing_cache: the timing cache after the build.
-        notes: remarks for people, e.g. ``DLA: 71 of 83 layers, 4 islands``.
+        dla: what the DLA core runs, None for an engine that is for the GPU.
     """
 
     plan: Any
     timing_cache: bytes
-    notes: tuple[str, ...]
+    dla: Dla | None
 
 
 def named(graph: Graph) -> Graph:
@@ -50,21 +68,6 @@ def named(graph: Graph) -> Graph:
     return copy
 
 
-def logger(trt: Any) -> Any:
-    """A logger that keeps warnings and errors in ``messages`` instead of printing them."""
-
-    class Collected(trt.ILogger):
-        def __init__(self):
-            trt.ILogger.__init__(self)
-            self.messages: list[str] = []
-
-        def log(self, severity, msg):
-            if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
-                self.messages.append(" ".join(str(msg).split()))
-
-    return Collected()
-
-
 def build(trt: Any, graph: Graph, chosen: Options, log: Any, say: Say | None = None) -> Built:
     """Build an engine.
 
@@ -72,7 +75,7 @@ def build(trt: Any, graph: Graph, chosen: Options, log: Any, say: Say | None = N
         trt: the module ``tensorrt``.
         graph: what :func:`named` returned.
         chosen: the options; :func:`edgecompile.targets.trt.options.require` has passed them.
-        log: what :func:`logger` returned.
+        log: what :func:`edgecompile.targets.trt.session.logger` returned.
         say: told what the builder is doing.
 
     Raises:
@@ -96,11 +99,11 @@ def build(trt: Any, graph: Graph, chosen: Options, log: Any, say: Say | None = N
         config.add_optimization_profile(profile)
     config.progress_monitor = monitor = _monitor(trt, say)
     cache = _timing_cache(config, chosen)
-    notes = _dla(trt, builder, network, config, chosen) if chosen.dla is not None else ()
+    dla = _dla(trt, builder, network, config, chosen) if chosen.dla is not None else None
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _failed(log.messages)
-    built = Built(plan, bytes(config.get_timing_cache().serialize()), notes)
+    built = Built(plan, bytes(config.get_timing_cache().serialize()), dla)
     del monitor, cache  # until here: TensorRT keeps no references of its own
     return built
 
@@ -177,7 +180,7 @@ def _timing_cache(config: Any, chosen: Options) -> Any:
     return cache
 
 
-def _dla(trt: Any, builder: Any, network: Any, config: Any, chosen: Options) -> tuple[str, ...]:
+def _dla(trt: Any, builder: Any, network: Any, config: Any, chosen: Options) -> Dla:
     """Put the network on a DLA core and say how much of it the core takes."""
     cores = builder.num_DLA_cores
     if chosen.dla is None or chosen.dla >= cores:
@@ -187,8 +190,7 @@ def _dla(trt: Any, builder: Any, network: Any, config: Any, chosen: Options) -> 
     if chosen.dla_fallback:
         config.set_flag(trt.BuilderFlag.GPU_FALLBACK)
     fits = [config.can_run_on_DLA(network.get_layer(i)) for i in range(network.num_layers)]
-    islands = sum(1 for takes, _ in itertools.groupby(fits) if takes)
-    return (f"DLA: {sum(fits)} of {len(fits)} layers, {islands} islands",)
+    return Dla(len(fits), sum(fits), sum(1 for takes, _ in itertools.groupby(fits) if takes))
 
 
 def _monitor(trt: Any, say: Say | None) -> Any:

@@ -75,6 +75,15 @@ def _names(name: str) -> tuple[str, ...]:
     return tuple(_WRAPPED.sub(r"\1", part) for part in parts)
 
 
+def of_profile(profile: Mapping[str, Any], graph: Graph) -> list[LayerTime]:
+    """What :meth:`edgecompile.targets.trt.session.TrtSession.profile` returned, attributed to ``graph``.
+
+    Raises:
+        InputError: the inspector's text cannot be read.
+    """
+    return timed(inspect(profile["information"]).layers, profile["seconds"], graph)
+
+
 def timed(layers: Iterable[Layer], seconds: Mapping[str, float], graph: Graph) -> list[LayerTime]:
     """Layers with their times, attributed to the nodes and torch modules of ``graph``.
 

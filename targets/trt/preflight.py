@@ -392,6 +392,12 @@ def _opset_below(limit: int, version: str) -> Rule:
     )
 
 
+def _one_group(view: View, node: gs.Node):
+    """Issue 4756 of NVIDIA/TensorRT: an engine is built, and its numbers are wrong."""
+    wrong = "with one group the parser normalises each channel by itself"
+    return (wrong, "the pass legalize writes InstanceNormalization") if node.attrs.get("num_groups") == 1 else None
+
+
 def _static(view: View, node: gs.Node):
     shape = node.inputs[0].shape
     return (
@@ -432,7 +438,7 @@ _RULES: Mapping[str, Sequence[Rule]] = {
         _before((11, 2), _ranks(4, 4, "only GridSample of images")),
         _ranks(4, 5, "only GridSample of images and volumes"),
     ],
-    "GroupNormalization": [_before((10, 9), _opset_below(21, "10.9"))],
+    "GroupNormalization": [_before((10, 9), _opset_below(21, "10.9")), _one_group],
     "LSTM": [*_RNN, _attribute("input_forget", 0, (0,)), _attribute("layout", 0, (0,))],
     "LayerNormalization": [_no_output(1, "Mean"), _no_output(2, "InvStdDev")],
     "LpPool": [_no_dilation],

@@ -72,7 +72,9 @@ def runtime() -> Any:
     """
     try:
         import tensorrt  # type: ignore[import-not-found]
-    except ModuleNotFoundError:
+    except ModuleNotFoundError as error:
+        if error.name != "tensorrt":
+            raise EnvironmentMissing("TensorRT cannot be loaded", str(error), f"install {error.name}") from None
         raise EnvironmentMissing("TensorRT is not installed", "there is no Python module tensorrt", FIX) from None
     except (ImportError, OSError, RuntimeError) as error:
         why = " ".join(str(error).split())[:300]

@@ -148,6 +148,60 @@ def _operator(view: View, node: gs.Node) -> Iterator[Reason]:
                 "put a QuantizeLinear and a DequantizeLinear on the shortcut",
                 False,
             )
+    elif node.op == "Concat":
+        yield from _joined(view, node)
+    if node.op in _WEIGHTED and all(_dequantized(t) for t in node.inputs[:2]):
+        yield from _left_in_float(view, node)
+
+
+def _joined(view: View, node: gs.Node) -> Iterator[Reason]:
+    """A Concat between Q/DQ pairs copies integers if all of them have one scale."""
+    after = view.graph.sole_consumer(node.outputs[0])
+    pairs = [t.inputs[0] for t in node.inputs if _dequantized(t)]
+    if after is None or after.op != "QuantizeLinear" or not pairs:
+        return
+    if len(pairs) < len(node.inputs):
+        yield Reason(
+            f"{len(node.inputs) - len(pairs)} of its {len(node.inputs)} inputs are not quantized: it runs in "
+            "floating point between quantized tensors",
+            "put a QuantizeLinear and a DequantizeLinear on each",
+            False,
+        )
+    elif len({_scale_of(view, n) for n in [*pairs, after]}) > 1:
+        yield Reason(
+            "its inputs and its result have several scales: each is rescaled on the way",
+            "give them one scale",
+            False,
+        )
+
+
+def _left_in_float(view: View, node: gs.Node) -> Iterator[Reason]:
+    """An int8 convolution quantizes its own result only where all that read it read one quantized tensor."""
+    tensor = node.outputs[0]
+    while (reader := view.graph.sole_consumer(tensor)) is not None and reader.op in _ACTIVATIONS:
+        tensor = reader.outputs[0]
+    pairs = [r for r in tensor.outputs if r.op == "QuantizeLinear"]
+    others = [r for r in tensor.outputs if r.op != "QuantizeLinear"]
+    if pairs and (others or view.graph.is_output(tensor)):
+        what = where(others[0]) if others else "an output of the model"
+        yield Reason(
+            f"its result is quantized for one reader, and {what} reads it in floating point: a kernel of its own "
+            "quantizes it",
+            "let all that read it read the dequantized tensor",
+            False,
+        )
+    elif len({_scale_of(view, n) for n in pairs}) > 1:
+        yield Reason(
+            "its result is quantized with several scales: a kernel of its own quantizes each",
+            "quantize it once",
+            False,
+        )
+
+
+def _scale_of(view: View, node: gs.Node) -> bytes | int:
+    """What tells one scale from another."""
+    scale = view.constant(node, 1)
+    return id(node.inputs[1]) if scale is None else scale.astype(np.float32).tobytes()
 
 
 def _dequantized(tensor: Tensor) -> bool:

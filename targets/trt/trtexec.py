@@ -1,7 +1,7 @@
 """Runs that were made elsewhere: what ``trtexec`` wrote with --exportTimes, --exportProfile and --exportLayerInfo.
 
 trtexec 11 changed defaults (CUDA graph and spinning on, transfers off), so its figures compare with those of trtexec 10
-only where both were pinned; nothing in the files says so.
+only where both were pinned. Of these the files tell the transfers alone; the rest is recorded as unknown.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from edgecompile.errors import InputError
 from edgecompile.graph import Graph
 from edgecompile.target import LayerTime
 from edgecompile.targets.trt import layers as trt_layers
-from edgecompile.targets.trt.engine import Times
+from edgecompile.targets.trt.session import Times
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,24 @@ class Imported:
 
     times: Times | None
     layers: tuple[LayerTime, ...]
+
+
+TIMES, PROFILE, LAYER_INFO = "times.json", "profile.json", "layers.json"
+
+
+def load_folder(graph: Graph, folder: Path) -> Imported:
+    """:func:`load` what lies in a folder as :data:`TIMES`, :data:`PROFILE` and :data:`LAYER_INFO`; the first must.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    profile, layer_info = (folder / name for name in (PROFILE, LAYER_INFO))
+    return load(
+        graph,
+        folder / TIMES,
+        profile if profile.exists() else None,
+        layer_info if layer_info.exists() else None,
+    )
 
 
 def load(
@@ -58,16 +76,21 @@ def load(
 
 def _times(path: Path) -> Times:
     try:
+        entries = _json(path)
         calls = [
             (float(c["computeMs"]), float(c["endEnqMs"]) - float(c["startEnqMs"]), float(c["latencyMs"]))
-            for c in _json(path)
+            for c in entries
         ]
-    except (KeyError, TypeError, ValueError) as error:
+        copied = any(float(c.get("h2dMs", 0)) + float(c.get("d2hMs", 0)) > 0 for c in entries)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _unreadable(path, "--exportTimes", error) from None
     if not calls:
         raise InputError(f"{path} holds no calls", "trtexec measured nothing")
     compute, enqueue, total = np.array(calls, np.float64).T / 1e3
-    return Times(compute, enqueue, total, {"source": "trtexec"})
+    if not (np.isfinite(compute).all() and np.isfinite(total).all() and (compute >= 0).all() and (total >= 0).all()):
+        raise _unreadable(path, "--exportTimes", ValueError("a time is negative or not finite"))
+    pinned = {"source": "trtexec", "cuda_graph": "unknown", "transfers": copied, "wait": "unknown"}
+    return Times(compute, enqueue, total, pinned)
 
 
 def _profile(path: Path) -> dict[str, float]:

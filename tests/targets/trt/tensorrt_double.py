@@ -558,7 +558,7 @@ class _IExecutionContext:
         self._engine, self._shapes, self._addresses, self._ran = engine, {}, {}, False
 
     def set_input_shape(self, name, shape):
-        least, _, most = self._engine._facts["profile"].get(name, [shape, shape, shape])
+        least, _, most = self._engine.get_tensor_profile_shape(name, 0)
         fits = len(shape) == len(least) and all(a <= b <= c for a, b, c in zip(least, shape, most, strict=True))
         if fits:
             self._shapes[name] = tuple(shape)

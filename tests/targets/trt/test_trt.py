@@ -7,21 +7,27 @@ import contextlib
 import gc
 import hashlib
 import io
+import json
+import subprocess
+import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
+from click.testing import CliRunner
 from onnx import TensorProto, helper
 
-from edgecompile import oracle
+from edgecompile import board_runner, cli, oracle
+from edgecompile.bundle import Bundle
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph
-from edgecompile.targets.trt import ENGINE, TIMING_CACHE, TrtTarget, plan
+from edgecompile.targets.trt import ENGINE, TIMING_CACHE, TrtTarget, plan, session
 from edgecompile.targets.trt import build as build_module
 from edgecompile.targets.trt import device as trt_device
 from edgecompile.targets.trt import probe as trt_probe
@@ -180,7 +186,6 @@ def test_on_hardware(tmp_path: Path):
 
 def test_the_driver_makes_a_bundle_of_it(install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from edgecompile import driver, frontend, registry
-    from edgecompile.bundle import Bundle
 
     install("10.16.1.11")
     monkeypatch.setitem(registry.TARGETS, "trt", "edgecompile.targets.trt:TrtTarget")
@@ -221,6 +226,7 @@ def test_calls_and_times(options: dict[str, str], install: Install, tmp_path: Pa
         "cuda_graph": options.get("cuda_graph") != "false",
         "transfers": options.get("transfers") == "true",
         "in_flight": 1,
+        "wait": "stream synchronize",
     }
     assert engine.clock == "cuda_event" and engine.threads == 0
     assert_same(engine.run(feeds()), network(), feeds())
@@ -417,10 +423,89 @@ def test_tf32_only_on_request(version: str, install: Install, tmp_path: Path):
 
 def test_the_dla_line(install: Install, tmp_path: Path):
     install(dla_cores=1)
-    engine = TrtTarget().build(network(), tmp_path, {"dla": "0"})
-    assert engine.manifest.options["_notes"] == ["DLA: 3 of 5 layers, 2 islands"]
+    told: list[str] = []
+    options = TrtTarget().build(network(), tmp_path, {"dla": "0"}, told.append).manifest.options
+    assert options["_notes"] == ["DLA: 3 of 5 layers, 2 islands"] and options["_notes"][0] in told
+    assert options["_dla"] == {"layers": 5, "taken": 3, "islands": 2}
     with pytest.raises(EnvironmentMissing, match="no DLA core 1"):
         TrtTarget().build(network(), tmp_path, {"dla": "1"})
+    assert "_dla" not in TrtTarget().build(network(), tmp_path, {}).manifest.options
+
+
+def test_a_session_needs_no_graph(version: str, install: Install, tmp_path: Path):
+    knobs, graph = install(version), network("n")
+    engine = TrtTarget().build(graph, tmp_path, {"dynamic": "x:0=1:2:4"})
+    light = session.load(tmp_path, engine.manifest)
+    assert knobs.deserialised == 2
+    got = light.run(feeds(3))
+    assert_same({name: got[name] for name in ("y", "m")}, graph, feeds(3))
+    for wrong in ({}, {"y": feeds()["x"]}, feeds(5), {"x": feeds()["x"].astype(np.float64)}):
+        with pytest.raises(InputError):
+            light.run(wrong)
+    told = json.loads(json.dumps(light.profile(feeds(), repeats=2)))
+    layers = TrtTarget().layers(tmp_path, engine.manifest, graph, told)
+    assert layers == engine.layers(feeds(), repeats=2)
+    assert [layer.modules for layer in layers][:3] == [("stem.conv",), ("stem.act",), ("pool",)]
+    with pytest.raises(InputError):
+        TrtTarget().layers(tmp_path, engine.manifest, graph, told | {"information": "nonsense"})
+
+
+def test_what_travels_to_a_board_needs_numpy_only():
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"onnx", "onnx_graphsurgeon", "onnxruntime", "torch", "click", "rich", "scipy"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refuse())
+import edgecompile.targets.trt.session
+ours = {m.rpartition(".")[2] for m in sys.modules if m.startswith("edgecompile.targets.trt.")}
+from edgecompile.board_runner import LIGHT
+assert ours <= set(LIGHT["trt"].modules["edgecompile.targets.trt"]), ours
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_bench_tells_the_phases_and_what_the_dla_takes(
+    install: Install, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    from edgecompile import bench, driver, frontend, render_bench
+    from edgecompile.remote import LocalBoard
+
+    install("10.3.0", dla_cores=1)
+    network().save(tmp_path / "net.onnx")
+    (tmp_path / "scratch").mkdir()
+    source = frontend.load(str(tmp_path / "net.onnx"), folder=tmp_path / "scratch")
+    options = driver.Options("trt", passes="clean", bench=False, target_options={"dla": "0"})
+    told: list[str] = []
+    made = driver.build(source, tmp_path / "out", options, told.append)
+    assert any(line.startswith("Building engine: ") for line in told), "the builder's progress"
+
+    def elsewhere(folder: Path):
+        raise InputError("the double does not reach another process")
+
+    monkeypatch.setattr(board_runner, "footprint", elsewhere)
+    with LocalBoard() as place:
+        found = bench.run(made, made.probe()[0], board=place, seconds=0.3, sessions=2)
+        table = bench.layers(made, made.probe()[0], repeats=2, board=place)
+        arms = {"a": place.add(made.path), "b": place.add(made.path)}
+        samples = place.session(arms, seconds=0.05)
+        walls = place.session(arms, seconds=0.05, clock="wall")
+    assert found.notes[0] == "DLA: 3 of 5 layers, 2 islands"
+    assert found.phases and found.phases.pinned["cuda_graph"] is True and found.phases.compute > 0
+    assert table.roofline is None and max(c.macs for c in table.layers) > 0
+    assert "stem" in {m.path.partition(".")[0] for m in table.modules}
+    found = bench.with_layers(found, table)
+    assert bench.BenchResult.from_json(found.to_json()) == found
+    jsonschema.validate(found.to_json(), bench.schema())
+    shown = render_bench.markdown(found)
+    assert "end to end" in shown and "cuda_graph on, transfers off" in shown and "longest first" in shown
+    assert "roofline" not in shown and "<svg" in render_bench.page(found)
+    assert {s.clock for s in samples.values()} == {"cuda_event"} and {s.clock for s in walls.values()} == {"wall"}
+    for taken in samples.values():
+        assert taken.wall is not None and (taken.seconds > 0).all()
+        assert (taken.seconds < taken.wall).all(), "the clock of the GPU stands still while the host works"
 
 
 def test_dynamic_batches(version: str, install: Install, tmp_path: Path):
@@ -511,6 +596,60 @@ def test_prepare(monkeypatch: pytest.MonkeyPatch, install: Install, tmp_path: Pa
     engine = TrtTarget().build(network("n"), tmp_path, prepared.manifest.options)
     assert_same(engine.run(feeds(4)), network("n"), feeds(4))
     assert engine.manifest.options["dynamic"] == "x:0=1:2:4"
+
+
+def test_a_prepared_bundle_is_finished_and_remembers_its_passes(
+    monkeypatch: pytest.MonkeyPatch, install: Install, tmp_path: Path
+):
+    network().save(tmp_path / "net.onnx")
+    line = ("build", tmp_path / "net.onnx", "--target", "trt", "--prepare", "-o", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        without(patch)
+        assert edgecompile_cli(*line).exit_code == 0
+        unfinished = edgecompile_cli("bench", tmp_path / "out")
+    prepared = Bundle.open(tmp_path / "out")
+    assert prepared.prepared and prepared.manifest["passes"].startswith("clean,fold_norm,reparam")
+    assert isinstance(unfinished.exception, EnvironmentMissing) or unfinished.exit_code == 4
+    install("10.16.1.11")
+    assert edgecompile_cli("build", tmp_path / "out", "--no-bench").exit_code == 0
+    finished = Bundle.open(tmp_path / "out")
+    assert not finished.prepared and finished.manifest["passes"] == prepared.manifest["passes"]
+    assert finished.manifest["versions"]["tensorrt"] == "10.16.1.11"
+
+
+def test_a_run_of_trtexec_becomes_a_report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    from edgecompile import bench
+
+    without(monkeypatch)
+    network().save(tmp_path / "net.onnx")
+    line = ("build", tmp_path / "net.onnx", "--target", "trt", "--prepare", "-o", tmp_path / "out")
+    assert edgecompile_cli(*line).exit_code == 0
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    missing = edgecompile_cli("bench", tmp_path / "out", "--trtexec", runs)
+    assert missing.exit_code == 2 and "times.json" in missing.output
+    calls = [
+        {"startEnqMs": i, "endEnqMs": i + 0.1, "h2dMs": 0.2, "computeMs": 1 + i % 2, "d2hMs": 0.3, "latencyMs": 3}
+        for i in range(500)
+    ]
+    (runs / "times.json").write_text(json.dumps(calls))
+    names = [n.name for n in Bundle.open(tmp_path / "out").graph().nodes]
+    (runs / "profile.json").write_text(json.dumps([{"count": 9}, *({"name": n, "averageMs": 0.5} for n in names)]))
+    shown = edgecompile_cli("bench", tmp_path / "out", "--trtexec", runs, "--json", "-o", tmp_path / "report")
+    document = json.loads((tmp_path / "report" / "bench.json").read_text())
+    assert shown.exit_code == 0 and json.loads(shown.stdout) == document
+    jsonschema.validate(document, bench.schema())
+    assert [t["clock"] for t in document["timings"]] == ["cuda_event", "wall"]
+    assert document["timings"][0]["percentiles"][-1]["value"] == pytest.approx(2e-3)
+    assert document["phases"]["end_to_end"] == pytest.approx(3e-3) and document["phases"]["pinned"]["transfers"] is True
+    assert document["phases"]["enqueue"] == pytest.approx(1e-4)
+    assert "stem" in {m["path"].partition(".")[0] for m in document["layers"]["modules"]}
+    (runs / "times.json").write_text('[{"computeMs": -1, "startEnqMs": 0, "endEnqMs": 0, "latencyMs": 1}]')
+    assert edgecompile_cli("bench", tmp_path / "out", "--trtexec", runs).exit_code == 2
+
+
+def edgecompile_cli(*arguments: object):
+    return CliRunner().invoke(cli.main, [*map(str, arguments)])
 
 
 def test_prepare_names_the_versions_that_do_not_take_it(monkeypatch: pytest.MonkeyPatch):

@@ -30,7 +30,7 @@ LIBRARIES = ("nvinfer", "nvonnxparser", "nvinfer_plugin")
 LOOK = """
 import json, sys
 import tensorrt_bindings as trt
-from edgecompile.targets.trt import build, probe
+from edgecompile.targets.trt import build, probe, session
 
 wanted = json.load(open(sys.argv[1]))
 found = {}
@@ -39,7 +39,7 @@ for name, spec in wanted.items():
     names = [*spec.get("methods", {}), *spec.get("attributes", {}), *spec.get("members", [])]
     found[name] = {n: str(getattr(kind, n).__doc__ or "") for n in names if hasattr(kind, n)}
     found[name]["__init__"] = str(kind.__init__.__doc__)
-log = build.logger(trt)
+log = session.logger(trt)
 log.log(trt.ILogger.Severity.ERROR, "two\\n lines")
 log.log(trt.ILogger.Severity.INFO, "not kept")
 plugins = trt.init_libnvinfer_plugins(log, "")

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-from pathlib import Path
-
 import numpy as np
 import onnx
 import pytest
@@ -13,12 +9,9 @@ from onnx import TensorProto, helper
 
 from edgecompile.errors import InputError
 from edgecompile.graph import Graph
-from edgecompile.passes.clean import Clean
-from edgecompile.pipeline import Context
 from edgecompile.targets.trt import preflight, strong_typing, support
 
 VERSIONS = ("10.3.0", "10.16.1.11", "11.4.0.106")
-FAMILIES = ("shvit_s1", "efficientvit_m0", "litepose_xs", "damoyolo_t", "deanet", "repavit_tiny", "repaswin_tiny")
 F, H, I64, B, U8, I8 = (
     TensorProto.FLOAT,
     TensorProto.FLOAT16,
@@ -52,37 +45,6 @@ def one(op: str, *inputs, out=(), dtype: int = F, opset: int = 20, outputs: int 
 
 def found(graph: Graph, version: str = "10.3.0") -> list[str]:
     return [str(p) for p in preflight.check(graph, version)]
-
-
-# -- the zoo -----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_zoo_models_pass(name: str, tmp_path: Path):
-    check_zoo(name, tmp_path)
-
-
-@pytest.mark.slow
-def test_every_zoo_model_passes(tmp_path: Path):
-    models = pytest.importorskip("edgecompile.models")
-    for name in models.names():
-        check_zoo(name, tmp_path)
-
-
-def check_zoo(name: str, folder: Path) -> None:
-    torch = pytest.importorskip("torch")
-    from edgecompile import models
-
-    model, example = models.create(name).eval(), torch.zeros(models.ZOO[name].input_shape)
-    path = folder / f"{name}.onnx"
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        torch.onnx.export(model, (example,), str(path), dynamo=False, opset_version=17)
-    graph = Graph.load(path)
-    Clean().run(graph, Context())
-    graph.tidy()
-    for version in VERSIONS:
-        assert preflight.check(graph, version) == []
-        assert strong_typing.check(graph, version) == []
 
 
 # -- operators, types, ranks, opsets -----------------------------------------------------------------------------------
@@ -219,6 +181,8 @@ def test_subgraphs_are_checked_too():
 
 IMAGE = value("x", 1, 3, 8, 8)
 VECTOR = value("v", 1, dtype=I64)
+GROUPS = {"s": np.ones(3, np.float32), "b": np.zeros(3, np.float32)}
+ONE_GROUP = {name: values[:1] for name, values in GROUPS.items()}
 SCALES = {"roi": np.zeros(0, np.float32), "scales": np.array([1, 1, 2, 2], np.float32)}
 RESTRICTED = {
     "pool 1-D": (one("MaxPool", value("x", 1, 3, 8), out=(1, 3, 7), kernel_shape=[2]), "2 or 3 dimensions"),
@@ -246,6 +210,10 @@ RESTRICTED = {
     ),
     "einsum": (one("Einsum", value("x", 3, 3), equation="ii->i"), "10.12"),
     "pow": (one("Pow", IMAGE, VECTOR), "10.12"),
+    "one group": (
+        one("GroupNormalization", IMAGE, weights=ONE_GROUP, num_groups=1),
+        "normalises each channel by itself",
+    ),
     "lstm": (
         one("LSTM", value("x", 1, 1, 2), value("w", 1, 8, 2), value("r", 1, 8, 2), hidden_size=2, layout=1),
         "layout=1",
@@ -266,6 +234,7 @@ ALLOWED = {
     "topk": one("TopK", value("x", 1, 9000), weights={"k": np.array([300])}, outputs=2),
     "layernorm": one("LayerNormalization", IMAGE, weights={"s": np.ones(8, np.float32)}),
     "einsum": one("Einsum", value("x", 3, 4), equation="ij->ji"),
+    "groups": one("GroupNormalization", IMAGE, weights=GROUPS, num_groups=3),
     "pow": one("Pow", IMAGE, value("e", 1)),
     "deform": one("DeformConv", IMAGE, value("w", 3, 3, 2, 2), value("o", 1, 8, 8, 8), pads=[1, 1, 1, 1]),
 }
@@ -365,6 +334,73 @@ def test_float_islands_are_told_but_not_fatal():
     (problem,) = (p for p in strong_typing.check(quantized(weights=False), "10.3.0") if "Conv" in p.place)
     assert "its weights are not" in problem.why and not problem.fatal
     preflight.require([problem], "10.3.0", 8)
+
+
+def pairs(*points: tuple[str, str, float]) -> tuple[list, dict[str, np.ndarray]]:
+    """Q/DQ pairs, each from a tensor to another with a scale."""
+    nodes, constants = [], {"z": np.zeros((), np.int8)}
+    for source, result, scale in points:
+        constants[f"{result}_s"] = np.array(scale, np.float32)
+        nodes += [
+            helper.make_node("QuantizeLinear", [source, f"{result}_s", "z"], [f"{result}_q"], f"q_{result}"),
+            helper.make_node("DequantizeLinear", [f"{result}_q", f"{result}_s", "z"], [result], f"dq_{result}"),
+        ]
+    return nodes, constants
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "told"),
+    [(0.1, 0.1, ""), (0.1, 0.2, "several scales"), (0.1, None, "1 of its 2 inputs are not quantized")],
+)
+def test_a_concat_between_pairs(left: float, right: float | None, told: str):
+    nodes, constants = pairs(("a", "ad", left), ("y", "out", left), *([("b", "bd", right)] if right else []))
+    nodes.insert(0, helper.make_node("Concat", ["ad", "bd" if right else "b"], ["y"], "/neck/concat/n", axis=1))
+    ports = [value("a", 1, 2, 4, 4), value("b", 1, 2, 4, 4)]
+    graph = make(nodes, ports, [value("out", 1, 4, 4, 4)], **constants)
+    graph.tidy()
+    problems = strong_typing.check(graph, "10.3.0")
+    assert [p.place for p in problems] == ["neck.concat (Concat)"] * bool(told)
+    assert all(told in p.why and not p.fatal for p in problems)
+
+
+def test_a_concat_in_floating_point_is_no_island():
+    nodes, constants = pairs(("a", "ad", 0.1))
+    nodes.append(helper.make_node("Concat", ["ad", "b"], ["y"], "/neck/concat/n", axis=1))
+    ports = [value("a", 1, 2, 4, 4), value("b", 1, 2, 4, 4)]
+    assert typed(make(nodes, ports, [value("y", 1, 4, 4, 4)], **constants)) == []
+
+
+def readers(*scales: float, float_reader: bool = False) -> Graph:
+    """An int8 convolution and ReLU whose result is quantized for convolutions, and perhaps read as it is."""
+    weights = {"w": np.ones((2, 2, 1, 1), np.float32)}
+    points = [("x", "xd", 0.1), ("w", "wd", 0.01), *((("r", f"r{i}", s)) for i, s in enumerate(scales))]
+    nodes, constants = pairs(*points)
+    nodes += [
+        helper.make_node("Conv", ["xd", "wd"], ["c"], "/stage/conv/n"),
+        helper.make_node("Relu", ["c"], ["r"], "relu"),
+        *(helper.make_node("Conv", [f"r{i}", "wd"], [f"y{i}"], f"next{i}") for i, _ in enumerate(scales)),
+    ]
+    ends = [f"y{i}" for i, _ in enumerate(scales)]
+    if float_reader:
+        nodes.append(helper.make_node("Softmax", ["r"], ["f"], "/stage/gate/n"))
+        ends.append("f")
+    shape = (1, 2, 4, 4)
+    graph = make(nodes, [value("x", *shape)], [value(e, *shape) for e in ends], **constants, **weights)
+    graph.tidy()
+    return graph
+
+
+def test_a_result_that_is_quantized_and_read_in_floating_point():
+    (problem,) = strong_typing.check(readers(0.1, float_reader=True), "10.3.0")
+    assert problem.place == "stage.conv (Conv)" and not problem.fatal
+    assert "stage.gate (Softmax) reads it in floating point" in problem.why
+    assert typed(readers(0.1)) == [] and typed(readers(float_reader=True)) == []
+
+
+def test_a_result_that_is_quantized_with_several_scales():
+    ((why, fatal),) = typed(readers(0.1, 0.2))
+    assert "several scales" in why and not fatal
+    assert typed(readers(0.1, 0.1)) == []
 
 
 def test_scales_and_zero_points():
