@@ -175,6 +175,25 @@ class ColdStart:
 
 
 @dataclass(frozen=True)
+class Phases:
+    """Where the time of a call on a GPU goes, in seconds; medians of single calls, each waited for.
+
+    Attributes:
+        compute: on the GPU, between two CUDA events.
+        enqueue: of the host, to launch it.
+        end_to_end: from the first action of the host until the result is there.
+        calls: how many there were.
+        pinned: what the figures depend on and runtimes change between versions, e.g. ``cuda_graph``, ``transfers``.
+    """
+
+    compute: float
+    enqueue: float
+    end_to_end: float
+    calls: int
+    pinned: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class BenchResult:
     """What one engine costs.
 
@@ -192,6 +211,7 @@ class BenchResult:
         wanted: precision of the median that was asked for.
         engine_bytes: size of the engine's files.
         memory, cold_start: None if they were not measured.
+        phases: None for an engine that does not tell them apart.
         layers: None if they were not asked for.
         notes: what a reader should know.
     """
@@ -211,6 +231,7 @@ class BenchResult:
     engine_bytes: int | None
     memory: Memory | None
     cold_start: ColdStart | None
+    phases: Phases | None = None
     layers: LayerTable | None = None
     notes: tuple[str, ...] = ()
 
@@ -227,6 +248,7 @@ class BenchResult:
         engine_bytes: int | None = None,
         memory: Memory | None = None,
         cold_start: ColdStart | None = None,
+        phases: Phases | None = None,
         notes: Sequence[str] = (),
     ) -> BenchResult:
         """Put together what is known of samples taken here or elsewhere.
@@ -255,7 +277,8 @@ class BenchResult:
             engine_bytes=engine_bytes,
             memory=memory,
             cold_start=cold_start,
-            notes=tuple(notes),
+            phases=phases,
+            notes=(*engine.options.get("_notes", ()), *notes),
         )
 
     @property
@@ -398,13 +421,15 @@ def run(
         if spent >= 1 or timing.precision <= precision or not isinstance(subject, Bundle):
             break
     spent = time.perf_counter() - start
-    memory = cold_start = size = None
+    memory = cold_start = size = parts = None
     if isinstance(subject, Bundle):
         path, size = subject.path, _engine_bytes(subject, manifest)
         try:
             memory, cold_start = footprint(lambda: board.footprint(key) if board else board_runner.footprint(path))
         except EdgecompileError as error:
             notes.append(f"memory and cold start could not be measured: {error}")
+        if timing.clock not in measure.CLOCKS:
+            parts = board.phases(key) if board else board_runner.phases(subject)
         try:
             keep(subject, samples, name=name)
         except InputError as error:
@@ -412,8 +437,42 @@ def run(
     return BenchResult.of(
         name, manifest, samples, machine=board.facts().get("machine") if board and board.device else None,
         seconds=spent, wanted=precision, engine_bytes=size, memory=memory,
-        cold_start=cold_start, notes=notes,
+        cold_start=cold_start, phases=None if parts is None else Phases(**parts), notes=notes,
     )  # fmt: skip
+
+
+def imported(bundle: Bundle, folder: Path) -> BenchResult:
+    """The result of a run of ``trtexec`` on the bundle's ``model.onnx`` or engine, made elsewhere.
+
+    Args:
+        bundle: what was run; it may be a prepared one.
+        folder: with ``times.json`` (--exportTimes) and, for layers, ``profile.json`` (--exportProfile) and
+            ``layers.json`` (--exportLayerInfo).
+
+    Raises:
+        InputError: a file is missing, or is not what trtexec writes.
+    """
+    from edgecompile.targets.trt import trtexec
+    from edgecompile.targets.trt.build import named
+
+    graph = named(bundle.graph())
+    run = trtexec.load_folder(graph, folder)
+    times = run.times
+    assert times is not None
+    calls, name = len(times.compute), str(bundle.manifest.get("name", bundle.path.name))
+    samples = {
+        clock: Samples(name, clock, seconds, 0, np.zeros(calls, np.int64))
+        for clock, seconds in (("cuda_event", times.compute), ("wall", times.end_to_end))
+    }
+    compute, enqueue, end_to_end = (float(np.median(x)) for x in (times.compute, times.enqueue, times.end_to_end))
+    result = BenchResult.of(
+        name, bundle.engine_manifest, samples, machine={}, seconds=float(times.end_to_end.sum()), wanted=0.01,
+        phases=Phases(compute, enqueue, end_to_end, calls, dict(times.pinned)),
+        notes=("measured by trtexec, in one session: another one may differ by some percent",),
+    )  # fmt: skip
+    if not run.layers:
+        return result
+    return with_layers(result, roofline.layer_table(run.layers, graph, None, bundle.probe()[0]))
 
 
 def keep(bundle: Bundle, samples: Mapping[str, Samples], **facts: Any) -> Path:
@@ -429,22 +488,39 @@ def keep(bundle: Bundle, samples: Mapping[str, Samples], **facts: Any) -> Path:
 
 
 def layers(
-    subject: Engine | Bundle, feeds: Mapping[str, np.ndarray], *, repeats: int = 10, graph: Any = None
+    subject: Engine | Bundle,
+    feeds: Mapping[str, np.ndarray],
+    *,
+    repeats: int = 10,
+    graph: Any = None,
+    board: Place | None = None,
 ) -> LayerTable:
-    """Each layer's time against the roofline of this machine.
+    """Each layer's time, against the roofline of this machine where the engine runs on its CPU.
 
     Args:
         subject: a bundle, or an open engine with the ``graph`` that it was built from.
-        feeds: input arrays by name.
+        feeds: input arrays by name; a board takes those of the bundle.
         repeats: profiled runs.
         graph: see ``subject``.
+        board: where; None for this machine. A board's roofline is not known.
 
     Raises:
-        EnvironmentMissing: the engine does not run on the CPU, or cannot be opened here.
+        EnvironmentMissing: the engine cannot be opened there, or the board sends no profile.
+        InputError: the target does not tell the layers of an engine that ran on a board.
     """
+    if board and board.device and isinstance(subject, Bundle):
+        profile, source = board.profile(board.add(subject.path), repeats), subject.graph()
+        target = registry.target(subject.manifest["target"])
+        try:
+            found = target.layers(subject.path, subject.engine_manifest, source, profile)
+            if not all(0 <= layer.microseconds < math.inf for layer in found):
+                raise ValueError("a time is negative or not finite")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise EnvironmentMissing(f"{board.device} did not send a profile", f"{error!r:.200}") from None
+        return roofline.layer_table(found, source, None, feeds)
     engine = subject.engine() if isinstance(subject, Bundle) else subject
     try:
-        peaks = roofline.measured(engine.threads)
+        peaks = roofline.measured(engine.threads) if engine.threads else None
         source = subject.graph() if isinstance(subject, Bundle) else graph
         return roofline.layer_table(engine.layers(feeds, repeats), source, peaks, feeds)
     finally:
@@ -477,12 +553,13 @@ def _session(engine: Engine, feeds: Mapping[str, np.ndarray], name: str, seconds
     before = os.getloadavg()[0]
     with measure._no_garbage_collection():
         measure._warm_up(call, time.perf_counter_ns, _BLOCK_NS)
-        overheads = [measure._overhead(clock) for clock in (own or time.perf_counter_ns, time.perf_counter_ns)]
+        # A clock that only the engine reads stands still for an empty call.
+        overheads = [measure._overhead(own) if own else 0.0, measure._overhead(time.perf_counter_ns)]
         if own is not None:
             typical = float(_by_clock(call, own)(0.0)[0].min()) / 1e9
             taken = _by_clock(call, own, _every(typical))(seconds)
         else:
-            taken = _by_timer(_timer(engine, feeds))(seconds)
+            taken = _by_timer(board_runner.timer(engine, feeds))(seconds)
     load = (before, os.getloadavg()[0])
     return {
         clock: Samples(
@@ -500,19 +577,6 @@ def _session_there(board: Any, key: str, name: str, seconds: float, seed: int) -
 
 
 _Taken = tuple[np.ndarray, np.ndarray]
-
-
-def _timer(engine: Engine, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
-    """A function that executes the engine once and returns the seconds on a clock that only the engine can read.
-
-    An engine whose clock is not in :data:`edgecompile.measure.CLOCKS` has a method ``timer(feeds)`` that makes it.
-    """
-    timer = getattr(engine, "timer", None)
-    if timer is None:
-        raise EnvironmentMissing(
-            f"the clock {engine.clock!r} cannot be read", f"the target {engine.manifest.target} has no timer for it"
-        )
-    return timer(feeds)
 
 
 def _by_clock(call: Callable[[], object], now: Callable[[], int], every: int = 1) -> Callable[..., _Taken]:

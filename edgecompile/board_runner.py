@@ -52,14 +52,49 @@ if TYPE_CHECKING:  # numpy may be missing on the other side, which must be said 
 
 LINE_LIMIT, PAYLOAD_LIMIT = 4 << 20, 1 << 30
 KEPT_DAYS = 30
-# Target -> the module that opens its engines with numpy and the runtime alone, the runtime's module, and its package.
-LIGHT = {"ort": ("edgecompile.targets.ort_session", "onnxruntime", "onnxruntime")}
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino", "tensorrt", "apache-tvm")
 _KEY = re.compile(r"[0-9a-f]{64}")
 
 
+@dataclass(frozen=True)
+class Light:
+    """What opens the engines of a target with numpy and the runtime alone.
+
+    Attributes:
+        modules: of ours that travel to a board, by package, besides those that every target needs.
+        module: the one with ``load(folder, manifest)`` and ``probe()``.
+        runtime: the runtime's module.
+        package: its package, as the engine's versions name it.
+        install: how to get it; ``{python}`` and ``{package}`` (with its version) are filled in.
+    """
+
+    modules: Mapping[str, tuple[str, ...]]
+    module: str
+    runtime: str
+    package: str
+    install: str = "{python} -m pip install {package}"
+
+
+LIGHT = {
+    "ort": Light(
+        {"edgecompile.targets": ("ort_session",)}, "edgecompile.targets.ort_session", "onnxruntime", "onnxruntime"
+    ),
+    "trt": Light(
+        {"edgecompile.targets.trt": ("__init__", "device", "options", "plan", "probe", "session")},
+        "edgecompile.targets.trt.session",
+        "tensorrt",
+        "tensorrt",
+        "sudo apt-get install python3-libnvinfer (JetPack), or {python} -m pip install {package}",
+    ),
+}
+
+
 class Running(Protocol):
-    """What measuring needs of an engine; see :class:`edgecompile.target.Engine`."""
+    """What measuring needs of an engine; see :class:`edgecompile.target.Engine`.
+
+    One whose clock is not in :data:`edgecompile.measure.CLOCKS` also has ``timer(feeds)``, see :func:`timer`. It may
+    have ``times(feeds, calls)``, see :func:`phases`, and those of light targets have ``profile(feeds, repeats)``.
+    """
 
     clock: str
     threads: int
@@ -86,7 +121,8 @@ class Plan:
         block_ms: length of a block.
         min_calls: calls per arm to make in any case.
         seed: of the order in which arms are opened and blocks are run.
-        clock: ``thread_cpu`` or ``wall``; ``""`` for the engines' own, which is ``wall`` where they differ.
+        clock: ``thread_cpu``, ``wall`` or ``cuda_event``; ``""`` for the engines' own, which is ``wall`` where they
+            differ.
     """
 
     seconds: float = 0.2
@@ -127,7 +163,21 @@ def open_engine(bundle: Bundle) -> Running:
     name = bundle.manifest["target"]
     if name not in LIGHT:
         return bundle.engine()
-    return importlib.import_module(LIGHT[name][0]).load(bundle.path, bundle.engine_manifest)
+    return importlib.import_module(LIGHT[name].module).load(bundle.path, bundle.engine_manifest)
+
+
+def timer(engine: Any, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
+    """A function that executes an engine once and returns the seconds on a clock that only the engine can read.
+
+    Raises:
+        EnvironmentMissing: the engine has no such function.
+    """
+    make = getattr(engine, "timer", None)
+    if make is None:
+        raise EnvironmentMissing(
+            f"the clock {engine.clock!r} cannot be read", f"the target {engine.manifest.target} has no timer for it"
+        )
+    return make(feeds)
 
 
 def run_session(bundles: Mapping[str, Bundle], plan: Plan) -> dict[str, Samples]:
@@ -144,14 +194,20 @@ def run_session(bundles: Mapping[str, Bundle], plan: Plan) -> dict[str, Samples]
 
     engines: dict[str, Running] = {}
     calls: dict[str, Callable[[], object]] = {}
+    spent = [0.0]  # seconds on the engines' own clock, which stands still between calls
     try:
         for name in random.Random(plan.seed).sample(list(bundles), len(bundles)):
             engines[name] = open_engine(bundles[name])
-            calls[name] = engines[name].call(bundles[name].probe()[0])
         clocks = {engine.clock for engine in engines.values()}
+        clock = plan.clock or (clocks.pop() if len(clocks) == 1 else "wall")
+        own = clock not in measure.CLOCKS
+        for name, engine in engines.items():
+            feeds = bundles[name].probe()[0]
+            calls[name] = _adding(timer(engine, feeds), spent) if own else engine.call(feeds)
         samples = measure.interleave(
             {name: calls[name] for name in bundles},
-            plan.clock or (clocks.pop() if len(clocks) == 1 else "wall"),
+            clock,
+            now=(lambda: int(spent[0] * 1e9)) if own else None,
             seconds=plan.seconds,
             min_calls=plan.min_calls,
             block_ms=plan.block_ms,
@@ -162,6 +218,42 @@ def run_session(bundles: Mapping[str, Bundle], plan: Plan) -> dict[str, Samples]
         for engine in engines.values():
             engine.close()
     return {name: replace(one, threads=engines[name].threads) for name, one in samples.items()}
+
+
+def _adding(once: Callable[[], float], to: list[float]) -> Callable[[], None]:
+    def call() -> None:
+        to[0] += once()
+
+    return call
+
+
+def phases(bundle: Bundle, calls: int = 100) -> dict[str, Any] | None:
+    """Compute, enqueue and end-to-end time of an engine that tells them apart; None for the others.
+
+    Returns:
+        ``compute``, ``enqueue`` and ``end_to_end``: medians in seconds; ``calls``: how many there were; ``pinned``:
+        what they depend on.
+    """
+    import numpy as np
+
+    engine: Any = open_engine(bundle)
+    try:
+        if not hasattr(engine, "times"):
+            return None
+        found = engine.times(bundle.probe()[0], calls)
+    finally:
+        engine.close()
+    medians = {name: float(np.median(getattr(found, name))) for name in ("compute", "enqueue", "end_to_end")}
+    return medians | {"calls": calls, "pinned": dict(found.pinned)}
+
+
+def profile(bundle: Bundle, repeats: int) -> dict[str, Any]:
+    """What the runtime's profiler tells of an engine's layers, for :meth:`edgecompile.target.Target.layers`."""
+    engine: Any = open_engine(bundle)
+    try:
+        return engine.profile(bundle.probe()[0], repeats)
+    finally:
+        engine.close()
 
 
 def run_once(bundle: Bundle, feeds: Mapping[str, np.ndarray] | None) -> dict[str, np.ndarray]:
@@ -232,7 +324,7 @@ def _footprint(folder: Path) -> Footprint:
     baseline, start = _memory("VmRSS"), time.perf_counter()
     if target in LIGHT:
         with contextlib.suppress(ImportError):  # opening the engine says it better
-            importlib.import_module(LIGHT[target][1])
+            importlib.import_module(LIGHT[target].runtime)
     imported = time.perf_counter()
     engine = open_engine(bundle)
     opened = time.perf_counter()
@@ -275,13 +367,14 @@ def facts() -> dict[str, Any]:
 
 def probe() -> list[dict[str, Any]]:
     """What each light target can use here, as :class:`edgecompile.target.Capability` in JSON."""
-    return [asdict(c) for module, _, _ in LIGHT.values() for c in importlib.import_module(module).probe()]
+    return [asdict(c) for light in LIGHT.values() for c in importlib.import_module(light.module).probe()]
 
 
 def this_place(versions: Mapping[str, str], options: Mapping[str, Any]) -> Fingerprint:
-    """The fingerprint of this machine, for engines with these versions and options."""
+    """The fingerprint of this machine, for engines with these versions and options; remarks on a build do not count."""
     from edgecompile.fingerprint import fingerprint
 
+    options = {name: value for name, value in options.items() if not name.startswith("_")}
     found = conditions.board()
     if found is None:
         return fingerprint(versions, options)
@@ -433,6 +526,12 @@ class _Runner:
     def outputs(self, request: Mapping[str, Any], payload: bytes):
         return {}, pack(run_once(self._ready(_key(request)), unpack(payload) if payload else None))
 
+    def phases(self, request: Mapping[str, Any], payload: bytes):
+        return {"found": phases(self._ready(_key(request)), request["calls"])}, b""
+
+    def profile(self, request: Mapping[str, Any], payload: bytes):
+        return {}, json.dumps(profile(self._ready(_key(request)), request["repeats"])).encode()
+
     def footprint(self, request: Mapping[str, Any], payload: bytes):
         return asdict(footprint(self._ready(_key(request)).path)), b""
 
@@ -455,14 +554,14 @@ class _Runner:
             raise EnvironmentMissing(
                 f"the target {target} cannot be measured over ssh", f"only {', '.join(LIGHT)} can", "measure it there"
             )
-        _, module, package = LIGHT[target]
-        if importlib.util.find_spec(module) is None:
-            built = bundle.engine_manifest.versions.get(package, "")
-            wanted = f"'{package}=={built}'" if built else package
+        light = LIGHT[target]
+        if importlib.util.find_spec(light.runtime) is None:
+            built = bundle.engine_manifest.versions.get(light.package, "")
+            wanted = f"'{light.package}=={built}'" if built else light.package
             raise EnvironmentMissing(
-                f"there is no {package}",
+                f"there is no {light.package}",
                 f"{sys.executable} cannot import it",
-                f"{sys.executable} -m pip install {wanted}",
+                light.install.format(python=sys.executable, package=wanted),
             )
         return bundle
 

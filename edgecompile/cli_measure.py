@@ -15,6 +15,7 @@ from edgecompile.errors import EdgecompileError, InputError
 
 if TYPE_CHECKING:
     from edgecompile import gate as gating
+    from edgecompile.bench import BenchResult
     from edgecompile.bundle import Bundle
     from edgecompile.verdict import GateResult
 
@@ -46,6 +47,11 @@ _history = click.option(
 @click.option("--seconds", default=10.0, show_default=True, help="Most time to spend on each.")
 @click.option("--precision", "wanted", default="1%", show_default=True, help="Interval of the median to stop at, +-.")
 @click.option("--layers", is_flag=True, help="Also time each layer and hold it against the machine's roofline.")
+@click.option(
+    "--trtexec", type=click.Path(path_type=Path),
+    help="Measure nothing: X ran elsewhere, and this folder has what trtexec exported: times.json, profile.json, "
+    "layers.json.",
+)  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Folder for bench.json, bench.md and bench.html.")
 @_history
 @_device
@@ -54,8 +60,8 @@ _history = click.option(
 @_seed
 @json_option
 def bench(
-    subjects: tuple[str, ...], seconds: float, wanted: str, layers: bool, output: Path | None, history: Path | None,
-    device: str | None, target: str, target_options: tuple[str, ...], seed: int, as_json: bool,
+    subjects: tuple[str, ...], seconds: float, wanted: str, layers: bool, trtexec: Path | None, output: Path | None,
+    history: Path | None, device: str | None, target: str, target_options: tuple[str, ...], seed: int, as_json: bool,
 ) -> None:  # fmt: skip
     """Latency of X: percentiles with intervals, throughput, memory, cold start.
 
@@ -65,8 +71,9 @@ def bench(
     from edgecompile import config, remote, render_bench
 
     fraction = config.fraction(wanted, "--precision")
-    if layers and device:
-        raise InputError("--layers cannot be combined with --device", "a roofline belongs to the machine it is seen on")
+    if trtexec is not None:
+        _bench_imported(subjects, trtexec, output, as_json)
+        return
     found = []
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(terminal.progress())
@@ -79,13 +86,32 @@ def bench(
             )  # fmt: skip
             if layers:
                 say(f"profiling the layers of {subject}")
-                result = measuring.with_layers(result, measuring.layers(bundle, bundle.probe()[0]))
+                result = measuring.with_layers(result, measuring.layers(bundle, bundle.probe()[0], board=board))
             found.append(result)
             if output is not None:
                 render_bench.write(result, output, "bench" if len(subjects) == 1 else f"{number}_{Path(subject).stem}")
             if history is not None:
                 engine = bundle.engine_manifest
                 measuring.remember(result, bundle, board.fingerprint(engine.versions, engine.options), history)
+    _print_bench(found, as_json)
+
+
+def _bench_imported(subjects: tuple[str, ...], folder: Path, output: Path | None, as_json: bool) -> None:
+    from edgecompile import bench as measuring
+    from edgecompile import render_bench
+    from edgecompile.bundle import Bundle
+
+    if len(subjects) != 1:
+        raise InputError("--trtexec takes one bundle", "its files are those of one engine")
+    result = measuring.imported(Bundle.open(subjects[0]), folder)
+    if output is not None:
+        render_bench.write(result, output, "bench")
+    _print_bench([result], as_json)
+
+
+def _print_bench(found: list[BenchResult], as_json: bool) -> None:
+    from edgecompile import render_bench
+
     if as_json:
         documents = [result.to_json() for result in found]
         terminal.print_json(documents[0] if len(documents) == 1 else documents)

@@ -253,7 +253,15 @@ def _on_device(config: GateConfig, place: Any) -> GateConfig:
             f"there are {', '.join(d.name for d in config.devices)}; stored numbers count only where they were made",
             f'add a table with match = "{place.class_name}"',
         )
-    return chosen
+    device = chosen.device
+    if device is None or device.dla_fallback_max is None:
+        return chosen
+    place_of = chosen.places.get(f"gate.device.{device.name}.dla_fallback_max", "")
+    return replace(
+        chosen,
+        budgets={**chosen.budgets, "dla_fallback": float(device.dla_fallback_max)},
+        places={**chosen.places, "gate.budgets.dla_fallback": place_of},
+    )
 
 
 def _require_locked(config: GateConfig, board: Any) -> tuple[str, ...]:
@@ -289,6 +297,7 @@ def _facts(contest: Contest, config: GateConfig, board: Any, keys: Mapping[str, 
         tolerance = TOLERANCE[str(contest.candidate.manifest["precision"])]
     errors = oracle.compare_all(reference, board.outputs(keys[CANDIDATE], feeds))
     measured = _measured(contest.candidate) if config.budgets else {}
+    measured |= _dla_fallback(contest.candidate)
     if "peak_memory" in config.budgets:
         measured["peak_memory"] = float(board.peak_memory(keys[CANDIDATE]))
     return Facts(
@@ -313,6 +322,15 @@ def _measured(bundle: Bundle) -> dict[str, float]:
         "parity": max((e.max_rel for e in report.parity.outputs.values()), default=0.0),
     }
     return measured | ({"accuracy": report.accuracy.engine} if report.accuracy else {})
+
+
+def _dla_fallback(bundle: Bundle) -> dict[str, float]:
+    """How many layers the GPU runs because the DLA cannot, where that is known."""
+    dla = bundle.manifest["engine"]["options"].get("_dla")
+    try:
+        return {} if dla is None else {"dla_fallback": float(dla["layers"] - dla["taken"])}
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{bundle.path} does not tell what its DLA runs", f"{error!r}", "build it again") from None
 
 
 def _engine_size(bundle: Bundle) -> int:

@@ -35,6 +35,7 @@ BUDGETS: Mapping[str, tuple[str, str, bool]] = {
     "parity": ("error against its own source", "relative error", False),
     "accuracy": ("accuracy", "score", True),
     "peak_memory": ("peak memory", "bytes", False),
+    "dla_fallback": ("layers that the DLA leaves to the GPU", "layers", False),
     "latency_p50": ("median latency", "s", False),
     "latency_p99": ("99th percentile of the latency", "s", False),
 }
@@ -351,7 +352,10 @@ def _plain_budget(subject: Subject, key: str, settings: Settings) -> Check:
     )  # fmt: skip
 
 
-_HOW_TO_KNOW = {"accuracy": "define evaluate(run) in model.py and build it again"}
+_HOW_TO_KNOW = {
+    "accuracy": "define evaluate(run) in model.py and build it again",
+    "dla_fallback": "build it for the DLA, with --option dla=0, or take dla_fallback_max out of its [gate.device]",
+}
 
 
 def _latency_budget(subject: Subject, key: str, settings: Settings) -> Check:

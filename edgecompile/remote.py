@@ -36,7 +36,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from edgecompile import board_runner, conditions, measure
-from edgecompile.board_runner import LINE_LIMIT, PAYLOAD_LIMIT, Footprint, Plan
+from edgecompile.board_runner import LIGHT, LINE_LIMIT, PAYLOAD_LIMIT, Footprint, Plan
 from edgecompile.bundle import MODEL, PROBE, Bundle
 from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError
 from edgecompile.fingerprint import Fingerprint
@@ -51,13 +51,14 @@ _PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds before each new connection
 _NOISE_LIMIT = 1 << 16
 _TEXT_LIMIT = 4000
 _MARK = b"edgecompile-board/1 "
-# Modules that travel: enough to open and time an engine, and none that imports more than numpy.
+# Modules that travel, besides those of the targets: enough to open and time an engine, and none that imports more than
+# numpy.
 _MODULES = {
     "edgecompile": (
         *("__init__", "board_runner", "bundle", "conditions", "documents", "errors", "files", "fingerprint"),
         *("measure", "registry", "target"),
     ),
-    "edgecompile.targets": ("__init__", "ort_session"),
+    "edgecompile.targets": ("__init__",),
 }
 _KEEP_ALIVE = ("BatchMode=yes", "ConnectTimeout=15", "ServerAliveInterval=5", "ServerAliveCountMax=3")
 _PLAIN = ("ClearAllForwardings=yes", "ForwardAgent=no", "ForwardX11=no", "RemoteCommand=none")
@@ -205,6 +206,10 @@ class Place(ABC):
 
         Returns:
             its key.
+
+        Raises:
+            InputError: it is no bundle, or damaged.
+            EnvironmentMissing: it was prepared and holds no engine yet.
         """
 
     @abstractmethod
@@ -231,6 +236,14 @@ class Place(ABC):
     @abstractmethod
     def outputs(self, key: str, feeds: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """What the engine computes, by name; on the bundle's own inputs without ``feeds``."""
+
+    @abstractmethod
+    def phases(self, key: str, calls: int = 100) -> dict[str, Any] | None:
+        """Compute, enqueue and end-to-end time, see :func:`edgecompile.board_runner.phases`."""
+
+    @abstractmethod
+    def profile(self, key: str, repeats: int = 10) -> dict[str, Any]:
+        """What the profiler of the runtime tells, see :func:`edgecompile.board_runner.profile`."""
 
     @abstractmethod
     def footprint(self, key: str) -> Footprint:
@@ -299,7 +312,7 @@ class LocalBoard(Place):
 
     def add(self, path: str | Path, progress: Callable[[int, int], object] | None = None) -> str:
         """See :class:`Place`."""
-        bundle = Bundle.open(path)
+        bundle = _complete(path)
         key = hashlib.sha256(_parcel(bundle)).hexdigest()
         self._bundles[key] = bundle
         return key
@@ -311,6 +324,14 @@ class LocalBoard(Place):
     def outputs(self, key: str, feeds: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
         """See :class:`Place`."""
         return board_runner.run_once(self._bundles[key], feeds)
+
+    def phases(self, key: str, calls: int = 100) -> dict[str, Any] | None:
+        """See :class:`Place`."""
+        return board_runner.phases(self._bundles[key], calls)
+
+    def profile(self, key: str, repeats: int = 10) -> dict[str, Any]:
+        """See :class:`Place`."""
+        return board_runner.profile(self._bundles[key], repeats)
 
     def footprint(self, key: str) -> Footprint:
         """See :class:`Place`."""
@@ -346,6 +367,7 @@ class Board(Place):
     def __init__(self, device: Device, options: Sequence[str] = ()):
         self.device, self._device = str(device), device
         self._options = [*options, *shlex.split(os.environ.get(SSH_OPTIONS, ""))]
+        self._paths: dict[str, Path] = {}
         self._channel: _Channel | None = _Channel(device, self._options)
         try:
             self.facts()  # says at once if numpy is missing
@@ -385,9 +407,10 @@ class Board(Place):
 
     def add(self, path: str | Path, progress: Callable[[int, int], object] | None = None) -> str:
         """See :class:`Place`; what the engine does not need to run stays here."""
-        bundle = Bundle.open(path)
+        bundle = _complete(path)
         manifest = _parcel(bundle)
         key, files = hashlib.sha256(manifest).hexdigest(), json.loads(manifest)["files"]
+        self._paths[key] = bundle.path
         total = sum(entry["bytes"] for entry in files.values())
         for _ in range(2):  # a piece that a power cut spoiled is found at the end, and sent again
             state = self._ask("begin", payload=manifest, key=key)[0]
@@ -460,6 +483,27 @@ class Board(Place):
         with self._checked("outputs"):
             return board_runner.unpack(_bounded(content))
 
+    def phases(self, key: str, calls: int = 100) -> dict[str, Any] | None:
+        """See :class:`Place`."""
+        told = self._ask("phases", key=key, calls=calls)[0]
+        with self._checked("the times of an engine"):
+            found = _plain(told["found"])
+            if found is None:
+                return None
+            times = {name: float(found[name]) for name in ("compute", "enqueue", "end_to_end")}
+            if not all(map(np.isfinite, times.values())):
+                raise ValueError("they are no times")
+            return times | {"calls": int(found["calls"]), "pinned": dict(found["pinned"])}
+
+    def profile(self, key: str, repeats: int = 10) -> dict[str, Any]:
+        """See :class:`Place`."""
+        _, content = self._ask("profile", key=key, repeats=repeats)
+        with self._checked("a profile"):
+            found = json.loads(content)
+            if not isinstance(found, dict):
+                raise ValueError("it is not an object")
+            return found
+
     def footprint(self, key: str) -> Footprint:
         """See :class:`Place`."""
         told = self._ask("footprint", key=key)[0]
@@ -478,9 +522,11 @@ class Board(Place):
                 lost = str(error)
             except _NoConnection as error:
                 lost = error.why
-            except BaseException:  # an interrupt too: the answer of this request must not be taken for the next one's
+            except BaseException as error:  # an interrupt too: its answer must not be taken for the next request's
                 if self._channel is not None and not self._channel.in_step:
                     self.close()
+                if isinstance(error, EdgecompileError):
+                    raise self._placed(error) from None
                 raise
             self.close()
             if pause is not None:
@@ -490,6 +536,14 @@ class Board(Place):
             lost,
             "check the network and the power of the board, then run it again: what was copied stays there",
         )
+
+    def _placed(self, error: EdgecompileError) -> EdgecompileError:
+        """The error with the bundles called as they are called here, not as their copies on the board."""
+
+        def here(match: re.Match[str]) -> str:
+            return str(self._paths.get(match[1], match[0]))
+
+        return type(error)(*(_COPY.sub(here, text) for text in (error.what, error.why, error.fix)))
 
     @contextlib.contextmanager
     def _checked(self, what: str) -> Iterator[None]:
@@ -504,6 +558,7 @@ class Board(Place):
             OSError,
             EOFError,
             MemoryError,
+            RecursionError,
             zipfile.BadZipFile,
         ) as error:
             raise self._nonsense(what, str(error)) from None
@@ -512,6 +567,7 @@ class Board(Place):
         return EnvironmentMissing(f"{self.device} did not send {what}", clean(why))
 
 
+_COPY = re.compile(r"\S*/bundles/([0-9a-f]{64})")
 _FOOTPRINT = {"imports": float, "opening": float, "first_call": float, "baseline": int, "peak": int}
 
 
@@ -737,13 +793,26 @@ def runner() -> bytes:
     """The runner as a zipapp; equal modules give equal bytes."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for package, modules in _MODULES.items():
+        travelling = [*_MODULES.items(), *(part for light in LIGHT.values() for part in light.modules.items())]
+        for package, modules in travelling:
             folder = resources.files(package)
             for module in modules:
                 content = folder.joinpath(f"{module}.py").read_bytes()
                 archive.writestr(zipfile.ZipInfo(f"{package.replace('.', '/')}/{module}.py"), content)
         archive.writestr(zipfile.ZipInfo("__main__.py"), b"from edgecompile.board_runner import main\n\nmain()\n")
     return buffer.getvalue()
+
+
+def _complete(path: str | Path) -> Bundle:
+    """A bundle that holds an engine."""
+    bundle = Bundle.open(path)
+    if bundle.prepared:
+        raise EnvironmentMissing(
+            f"{bundle.path} holds no engine yet",
+            str(bundle.manifest.get("missing", "it was prepared for another machine")),
+            "copy it to the board, run `edgecompile build` on it there, and copy it back",
+        )
+    return bundle
 
 
 def _parcel(bundle: Bundle) -> bytes:
@@ -804,7 +873,7 @@ def _check_samples(name: str, samples: Samples) -> None:
         and bool(np.isfinite(seconds).all() and (seconds >= 0).all() and (np.diff(rounds) >= 0).all())
         and samples.label == name
         and samples.sessions is None
-        and samples.clock in measure.CLOCKS
+        and samples.clock in (*measure.CLOCKS, "cuda_event")
         and type(samples.threads) is int
         and all(isinstance(x, (int, float)) for x in (samples.overhead, *samples.load))
     )

@@ -79,7 +79,8 @@ def page(result: BenchResult) -> str:
     return html._environment().get_template("bench.html.j2").render(
         result=result, title=_title(result), style=_style(), tiles=_tiles(result), tables=list(_tables(result)),
         distribution=_distribution(result), sessions=_sessions(result.timing),
-        gaps=_gaps(table) if table and table.modules else None, roofline=_scatter(table) if table else None,
+        gaps=_gaps(table) if table and table.roofline and table.modules else None,
+        roofline=_scatter(table) if table else None,
         **text.helpers(),
     )  # fmt: skip
 
@@ -162,33 +163,63 @@ def _facts(result: BenchResult) -> Iterator[tuple[str, str, str]]:
         parts = (("import", "imports"), ("open", "opening"), ("first call", "first_call"))
         said = " + ".join(f"{name} {text.seconds(getattr(result.cold_start, key))}" for name, key in parts)
         yield "cold start", text.seconds(result.cold_start.total), f"{said}; fresh process, files in the page cache"
+    if result.phases:
+        pinned = ", ".join(f"{key} {_pinned(value)}" for key, value in result.phases.pinned.items())
+        for name in ("compute", "enqueue", "end_to_end"):
+            how = f"{_PHASES[name]}; median of {text.plural(result.phases.calls, 'call')}, {pinned}"
+            yield name.replace("_", " "), text.seconds(getattr(result.phases, name)), how
     load = " → ".join(f"{x:.2f}" for x in result.load)
     yield "load average", load, f"before and after; {result.machine.get('cores', '?')} cores"
     yield "empty call", text.seconds(result.timing.overhead), "on the same clock; contained in its figures"
     yield "measuring", text.seconds(result.seconds), "opening of sessions and warm-up included"
 
 
+_PHASES = {
+    "compute": "on the GPU, between CUDA events",
+    "enqueue": "of the host, to launch it",
+    "end_to_end": "until the host has waited for it",
+}
+
+
+def _pinned(value: object) -> str:
+    return {True: "on", False: "off"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+
+
 _COST_COLUMNS = ("time", "MACs", "bytes", "MAC/B", "roofline", "share", "gap")
+_PLAIN_COLUMNS = 4  # of these, where no roofline is known
 
 
 def _modules(table: LayerTable, p50: str) -> Table:
-    rows = tuple((m.path, str(m.layers), *_cost(m)) for m in table.modules[:MOST_MODULES])
+    columns = _COST_COLUMNS if table.roofline else _COST_COLUMNS[:_PLAIN_COLUMNS]
+    rows = tuple((m.path, str(m.layers), *_cost(m)[: len(columns)]) for m in table.modules[:MOST_MODULES])
     peak = table.roofline
-    hint = (
-        f"{text.seconds(table.gap)} of {text.seconds(table.seconds)} is not explained by the roofline: "
-        f"{_rate(peak.macs_per_s)}MAC/s ({peak.macs_from}), {_speed(peak)}. These are lower bounds of the true peaks. "
-        f"Layer times come from the runtime's profiler in wall-clock time; one call without it: p50 {p50}."
-    )
+    hint = f"Layer times come from the runtime's profiler; one call without it: p50 {p50}."
+    if peak:
+        hint = (
+            f"{text.seconds(table.gap)} of {text.seconds(table.seconds)} is not explained by the roofline: "
+            f"{_rate(peak.macs_per_s)}MAC/s ({peak.macs_from}), {_speed(peak)}. These are lower bounds of the true "
+            f"peaks. Layer times come from the runtime's profiler in wall-clock time; one call without it: p50 {p50}."
+        )
     if table.unknown:
         hint += f" {text.plural(table.unknown, 'tensor')} of unknown size not counted."
-    return Table("Modules, largest gap first", ("module", "layers", *_COST_COLUMNS), rows, hint=hint)
+    return Table(f"Modules, {_order(table)} first", ("module", "layers", *columns), rows, hint=hint)
 
 
 def _layers(table: LayerTable) -> Table:
-    rows = tuple((_label(c), c.op, c.limit, *_cost(c)) for c in table.layers[:MOST_LAYERS])
+    columns = _COST_COLUMNS if table.roofline else _COST_COLUMNS[:_PLAIN_COLUMNS]
+    bound = ["bound by"] if table.roofline else []
+    rows = tuple(
+        (_label(c), c.op, *([c.limit] if bound else []), *_cost(c)[: len(columns)]) for c in table.layers[:MOST_LAYERS]
+    )
     more = len(table.layers) - len(rows)
     hint = f"{more} more in the JSON document." if more else ""
-    return Table("Layers, largest gap first", ("layer", "op", "bound by", *_COST_COLUMNS), rows, left=3, hint=hint)
+    return Table(
+        f"Layers, {_order(table)} first", ("layer", "op", *bound, *columns), rows, left=2 + len(bound), hint=hint
+    )
+
+
+def _order(table: LayerTable) -> str:
+    return "largest gap" if table.roofline else "longest"
 
 
 def _cost(cost: LayerCost | ModuleCost) -> tuple[str, ...]:
@@ -249,7 +280,7 @@ def _tiles(result: BenchResult) -> list[html._Tile]:
         tiles.append(
             html._Tile("Cold start", text.seconds(result.cold_start.total), "info", "import, open, first call")
         )
-    if result.layers and result.layers.seconds:
+    if result.layers and result.layers.roofline and result.layers.seconds:
         gap, whole = result.layers.gap, result.layers.seconds
         detail = f"{text.seconds(gap)} of {text.seconds(whole)} under the profiler"
         tiles.append(html._Tile("Not explained by physics", text.share(gap, whole), "info", detail))
@@ -339,9 +370,10 @@ def _gaps(table: LayerTable) -> Markup:
 def _scatter(table: LayerTable) -> Markup | None:
     """Attained rate over arithmetic intensity, both logarithmic, under the measured roofs."""
     points = [c for c in table.layers if c.macs and c.bytes and c.seconds > 0]
-    if not points:
+    peak = table.roofline
+    if not points or peak is None:
         return None
-    peak, height = table.roofline, 320
+    height = 320
     xs = [c.intensity for c in points]
     bends = [peak.macs_per_s / level.bytes_per_s for level in peak.levels]  # all of them belong in the picture
     left = math.floor(math.log10(min(*xs, 0.5 * min(bends))))

@@ -29,13 +29,14 @@ class Check:
         model: name of the candidate.
         metric: ``parity``, ``latency`` (against the baseline), ``latency_anchor`` (against the release anchor), or the
             budget's key: ``latency_p50``, ``latency_p99``, ``peak_memory``, ``engine_size``, ``build_time``,
-            ``accuracy``, ``parity_budget``.
+            ``accuracy``, ``dla_fallback``, ``parity_budget``.
         verdict: ``PASS``, ``FAIL`` or ``INCONCLUSIVE``.
         reason_code: why, for machines: ``regression``, ``no_regression``, ``drift`` (slower for certain, but by less
             than half of what is allowed), ``time_limit``, ``aa_differs``, ``throttled``, ``holm``, ``too_few_calls``,
             ``within_budget``, ``over_budget``, ``same_function``, ``other_function``.
         reason: why, in one sentence for people.
-        unit: of ``budget``, ``baseline`` and ``candidate``: ``s``, ``bytes``, ``relative error`` or ``score``.
+        unit: of ``budget``, ``baseline`` and ``candidate``: ``s``, ``bytes``, ``relative error``, ``score`` or
+            ``layers``.
         budget: what is allowed, in ``unit``; for ``latency``, the fraction by which it may grow.
         baseline, candidate: what was measured; for latencies the lower quartile over all calls.
         estimate: candidate's latency over the baseline's, Hodges-Lehmann.

@@ -251,3 +251,17 @@ def test_budgets_without_a_single_session_are_inconclusive():
     settings = Settings(Plan(time_limit=0.01), {"latency_p50": 1.0})
     found = judged(Machine(void="hot"), [subject(arms=(CANDIDATE,))], settings)["m/latency_p50"]
     assert (found.verdict, found.candidate) == (INCONCLUSIVE, None)
+
+
+@pytest.mark.parametrize(("found", "verdict"), [(12, FAIL), (3, PASS), (0, PASS)])
+def test_layers_that_the_dla_leaves_to_the_gpu(found, verdict):
+    settings = Settings(budgets={"dla_fallback": 3.0}, places={"gate.budgets.dla_fallback": "e.toml:9"})
+    check = judged(Machine(), [subject(measured={"dla_fallback": float(found)})], settings)["m/dla_fallback"]
+    assert (check.verdict, check.candidate, check.unit, check.place) == (verdict, found, "layers", "e.toml:9")
+    assert check.reason == f"layers that the DLA leaves to the GPU {found}, 3 is allowed"
+
+
+def test_an_engine_that_is_not_for_the_dla_cannot_be_held_against_its_limit():
+    with pytest.raises(InputError, match="dla_fallback cannot be checked") as caught:
+        judged(Machine(), [subject()], Settings(budgets={"dla_fallback": 0.0}))
+    assert "--option dla=0" in caught.value.fix

@@ -22,11 +22,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
+import loopback
 import numpy as np
 import pytest
+from loopback import NUMPY, Server, board_python
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecompile import board_runner, bundle, measure, oracle, remote
+from edgecompile import bench, board_runner, bundle, measure, oracle, remote
 from edgecompile.bundle import Bundle
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph
@@ -34,10 +36,6 @@ from edgecompile.remote import Board, Device, LocalBoard, open_board
 from edgecompile.targets.ort import ENGINE, OrtTarget
 
 pytest.importorskip("onnxruntime")
-SSHD = shutil.which("sshd") or ("/usr/sbin/sshd" if Path("/usr/sbin/sshd").exists() else None)
-# What a board has, by module and by the name of its package where that differs.
-NUMPY = ("numpy", "numpy.libs")
-RUNTIME = ("onnxruntime", "flatbuffers", "packaging", "google")
 
 
 # -- a bundle ----------------------------------------------------------------------------------------------------------
@@ -92,107 +90,12 @@ def bundles(tmp_path_factory) -> tuple[Path, Path]:
 # -- an ssh server -----------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass
-class Server:
-    """An ssh server on a free port of the loopback address, with keys, home folder and cache of its own."""
-
-    folder: Path
-    port: int
-    process: subprocess.Popen | None = None
-
-    @property
-    def home(self) -> Path:
-        return self.folder / "home"
-
-    @property
-    def cache(self) -> Path:
-        return self.folder / "cache" / "edgecompile"
-
-    @property
-    def options(self) -> list[str]:
-        return ["-F", str(self.folder / "config")]
-
-    def start(self) -> None:
-        assert SSHD is not None
-        with open(self.folder / "log", "ab") as log:
-            self.process = subprocess.Popen([SSHD, "-D", "-e", "-f", str(self.folder / "sshd_config")], stderr=log)
-        for _ in range(100):
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 1):
-                return
-            time.sleep(0.05)
-        raise AssertionError((self.folder / "log").read_text())
-
-    def stop(self) -> None:
-        assert self.process is not None
-        self.process.kill()
-        self.process.wait()
-
-    def drop_connections(self) -> int:
-        """End every process that the server has started for a connection; returns how many there were."""
-        assert self.process is not None
-        dropped = 0
-        for status in Path("/proc").glob("[0-9]*/stat"):
-            with contextlib.suppress(OSError):
-                pid, parent = int(status.parent.name), int(status.read_text().rpartition(")")[2].split()[1])
-                if parent == self.process.pid:
-                    os.kill(pid, signal.SIGKILL)
-                    dropped += 1
-        return dropped
-
-    def url(self, python: str = "") -> str:
-        return f"ssh://board{python}"
-
-
-def board_python(path: Path, modules: tuple[str, ...] = (*NUMPY, *RUNTIME), before: str = "") -> Path:
-    """A Python without site packages that finds the given modules only."""
-    packages = path.with_name(f"{path.name}-packages")
-    packages.mkdir(parents=True)
-    for module in modules:
-        spec = importlib.util.find_spec("numpy" if module == "numpy.libs" else module)
-        assert spec is not None
-        (place,) = spec.submodule_search_locations or ()
-        source = Path(place).with_name(module)
-        if source.exists():
-            (packages / module).symlink_to(source)
-    for name in {"numpy", "onnxruntime"} & set(modules):
-        info = Path(str(importlib.metadata.distribution(name)._path))  # pyright: ignore[reportAttributeAccessIssue]
-        (packages / info.name).symlink_to(info)
-    path.write_text(f'#!/bin/sh\n{before}\nexport PYTHONPATH={packages}\nexec {sys.executable} -S "$@"\n')
-    path.chmod(0o755)
-    return path
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    if SSHD is None or not shutil.which("ssh-keygen"):
-        pytest.skip("openssh-server is not installed")
     folder = tmp_path_factory.mktemp("sshd")
-    if os.getuid() == 0:  # the server insists on this folder when it is started by root
-        Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        server = Server(folder, free.getsockname()[1])
-    for name in ("host", "other_host", "user", "stranger"):
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
-    for name in ("home", "bin"):
-        (folder / name).mkdir()
-    board_python(folder / "bin" / "python3")
-    shutil.copy(folder / "user.pub", folder / "authorized_keys")
-    (folder / "sshd_config").write_text(
-        f"Port {server.port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nPidFile none\nUsePAM no\n"
-        f"AuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nPasswordAuthentication no\nPermitRootLogin yes\n"
-        f'SetEnv HOME={server.home} XDG_CACHE_HOME={folder}/cache PATH="{folder}/bin:/usr/bin:/bin" OMP_NUM_THREADS=1\n'
-    )
-    known = (folder / "host.pub").read_text().split()
-    (folder / "known_hosts").write_text(f"[127.0.0.1]:{server.port} {known[0]} {known[1]}\n")
-    (folder / "config").write_text(
-        f"Host board *\nHostName 127.0.0.1\nPort {server.port}\nIdentityFile {folder}/user\nIdentitiesOnly yes\n"
-        f"UserKnownHostsFile {folder}/known_hosts\nGlobalKnownHostsFile none\nIdentityAgent none\n"
-        "RemoteCommand echo never\n"
-    )
-    server.start()
-    yield server
-    server.stop()
+    with loopback.serve(folder, "RemoteCommand echo never\n") as server:
+        board_python(folder / "bin" / "python3")
+        yield server
 
 
 @pytest.fixture
@@ -291,6 +194,7 @@ def test_facts_and_fingerprint(place):
     with open_board(None) as here:
         assert here.fingerprint({"a": "1"}, {"t": 2}).key == place.fingerprint({"a": "1"}, {"t": 2}).key
         assert here.fingerprint({"a": "1"}, {"t": 2}).key != place.fingerprint({"a": "1"}, {"t": 3}).key
+        assert here.fingerprint({"a": "1"}, {"t": 2, "_remark": 1}).key == place.fingerprint({"a": "1"}, {"t": 2}).key
     assert place.require_locked("MAXN") == (), "this is no Jetson"
 
 
@@ -298,6 +202,17 @@ def test_what_is_there_is_told(place):
     found = {c.name: c for c in place.probe()}
     assert found["onnxruntime cpu provider"].available
     assert found["onnxruntime"].version == importlib.metadata.version("onnxruntime")
+
+
+def test_layers(place, bundles):
+    opened = Bundle.open(bundles[1])
+    table = bench.layers(opened, opened.probe()[0], repeats=3, board=place)
+    local = bench.layers(opened, opened.probe()[0], repeats=3)
+    assert {c.name for c in table.layers} == {c.name for c in local.layers}
+    assert {c.name: c.macs for c in table.layers} == {c.name: c.macs for c in local.layers}
+    assert all(c.seconds >= 0 for c in table.layers) and table.seconds > 0
+    assert (table.roofline is None) == bool(place.device), "the roofline of a board is not known"
+    assert place.phases(place.add(bundles[1])) is None, "ONNX Runtime on the CPU has no such phases"
 
 
 def test_inputs_that_do_not_fit_are_refused_and_the_next_request_works(place, bundles):
@@ -730,10 +645,18 @@ def test_options_of_the_environment(fresh, monkeypatch):
 
 
 def test_a_target_that_needs_more_than_numpy(fresh, bundles, tmp_path):
+    shutil.copytree(bundles[0], tmp_path / "tvm")
+    rewrite(tmp_path / "tvm", lambda d: d.update(target="tvm"))
+    with connect(fresh) as board, pytest.raises(EnvironmentMissing, match="target tvm cannot be measured over ssh"):
+        board.outputs(board.add(tmp_path / "tvm"))
+
+
+def test_a_board_without_tensorrt(fresh, bundles, tmp_path):
     shutil.copytree(bundles[0], tmp_path / "trt")
     rewrite(tmp_path / "trt", lambda d: d.update(target="trt"))
-    with connect(fresh) as board, pytest.raises(EnvironmentMissing, match="target trt cannot be measured over ssh"):
+    with connect(fresh) as board, pytest.raises(EnvironmentMissing, match="there is no tensorrt") as caught:
         board.outputs(board.add(tmp_path / "trt"))
+    assert "python3-libnvinfer" in caught.value.fix
 
 
 # -- noise and nonsense ------------------------------------------------------------------------------------------------
@@ -921,6 +844,34 @@ def test_archives_are_checked(fresh, tmp_path, monkeypatch):
         samples, disturbed = board.pair({"a": "0" * 64})
         assert samples["a"].p50 == 0.001 and disturbed == "hot"
         np.testing.assert_array_equal(board.outputs("0" * 64)["y"], [1, 1])
+
+
+EVENT = '{"cat": "Node", "name": "NODE_kernel_time", "dur": NaN, "args": {}}'
+
+
+@pytest.mark.parametrize("content", ["", "[]", "[" * 10**5, "{}", '{"events": 3}', '{"events": [{}]', EVENT])
+def test_a_profile_is_checked(fresh, bundles, tmp_path, content):
+    opened = Bundle.open(bundles[0])
+    if content == EVENT:
+        event = EVENT.replace("NODE", Graph.load(bundles[0] / ENGINE).nodes[0].name)
+        content = f'{{"repeats": 1, "plain": 1, "events": [{event}]}}'
+    answers = (FINE, ({"ok": {"complete": True}}, b""), ({"ok": {}}, content.encode()))
+    with (
+        connect(fresh, impostor(tmp_path, *answers)) as board,
+        pytest.raises(EnvironmentMissing, match="did not send a profile"),
+    ):
+        bench.layers(opened, opened.probe()[0], board=board)
+
+
+@pytest.mark.parametrize("wrong", [3, {}, {"compute": "x"}, {"compute": "nan"}, {"calls": None}, {"pinned": 1}])
+def test_the_phases_of_a_call_are_checked(fresh, tmp_path, wrong):
+    fine = {"compute": 1e-3, "enqueue": 1e-4, "end_to_end": 2e-3, "calls": 10, "pinned": {"cuda_graph": True}}
+    told = {**fine, **wrong} if isinstance(wrong, dict) and wrong else wrong
+    answers = (FINE, ({"ok": {"found": fine}}, b""), ({"ok": {"found": told}}, b""))
+    with connect(fresh, impostor(tmp_path, *answers)) as board:
+        assert board.phases("0" * 64) == fine
+        with pytest.raises(EnvironmentMissing, match="did not send the times of an engine"):
+            board.phases("0" * 64)
 
 
 @pytest.mark.parametrize("state", [{}, {"complete": False}, {"complete": False, "sizes": {ENGINE: -1}}])
