@@ -118,7 +118,12 @@ def _transition(dim: int, out: int) -> list[nn.Module]:
     return [sandwich(dim), PatchMerging(dim, out), sandwich(out)]
 
 
-def _stem(dim: int, patch_size: int) -> nn.Sequential:
+def stem(dim: int, patch_size: int) -> nn.Sequential:
+    """Four 3x3 convolutions, ReLU between them: ``[N, 3, H, W]`` to ``[N, dim, H / patch_size, W / patch_size]``.
+
+    Raises:
+        InputError: the patch size is not 1, 2, 4, 8 or 16.
+    """
     if patch_size not in (1, 2, 4, 8, 16):
         raise InputError(f"patch_size is {patch_size!r}", "four convolutions of stride 1 or 2 give 1, 2, 4, 8 or 16")
     widths = (3, dim // 8, dim // 4, dim // 2, dim)
@@ -148,7 +153,7 @@ class ThreeStageViT(nn.Module):
     ):
         super().__init__()
         check_int("num_classes", num_classes)
-        self.patch_embed = _stem(embed_dim[0], patch_size)
+        self.patch_embed = stem(embed_dim[0], patch_size)
         self.blocks1 = nn.Sequential(*stages[0])
         self.blocks2 = nn.Sequential(*_transition(embed_dim[0], embed_dim[1]), *stages[1])
         self.blocks3 = nn.Sequential(*_transition(embed_dim[1], embed_dim[2]), *stages[2])

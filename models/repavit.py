@@ -13,7 +13,7 @@ the layer go from 8 C^2 to 3 C^2.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,16 +21,22 @@ from torch import Tensor, nn
 
 from edgecompile.errors import InputError
 
+from .layers import check_int, stem
+
 _IMAGE = 224
 _WINDOW = 7
 
 
 @dataclass(frozen=True)
 class _Deit:
-    """Width and heads of a DeiT with 12 blocks and 16 x 16 patches."""
+    """A DeiT: width, heads, number of blocks, side of an image and of a patch, and what embeds the patches."""
 
     dim: int
     heads: int
+    depth: int = 12
+    img_size: int = _IMAGE
+    patch_size: int = 16
+    conv_stem: bool = False
 
 
 _DEITS = {
@@ -118,17 +124,43 @@ class PatchEmbed(nn.Module):
         return self.norm(self.proj(x).flatten(2).transpose(1, 2))
 
 
+class ConvEmbed(nn.Module):
+    """Overlapping patches as tokens: four 3 x 3 convolutions, ``[B, 3, H, W]`` to ``[B, H W / patch^2, dim]``.
+
+    Small data sets do not teach a transformer what is near what (Xiao et al., "Early Convolutions Help Transformers
+    See Better", NeurIPS 2021); these convolutions know it.
+    """
+
+    def __init__(self, dim: int, patch: int):
+        super().__init__()
+        self.proj = stem(dim, patch)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed a batch of images."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
 class RepaDeit(nn.Module):
     """DeiT with idle feed-forward channels and a LayerNorm before the blocks; classifies the class token."""
 
     def __init__(self, config: _Deit, idle_ratio: float, num_classes: int):
         super().__init__()
-        dim, tokens = config.dim, (_IMAGE // 16) ** 2 + 1
+        for option in ("dim", "heads", "depth", "img_size", "patch_size"):
+            check_int(option, getattr(config, option))
+        if config.dim % config.heads:
+            raise InputError(f"heads is {config.heads}", f"that does not divide the {config.dim} channels")
+        if config.img_size % config.patch_size:
+            raise InputError(f"patch_size is {config.patch_size}", f"that does not divide {config.img_size} pixels")
+        dim, tokens = config.dim, (config.img_size // config.patch_size) ** 2 + 1
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim))
-        self.patch_embed = PatchEmbed(dim, 16, bias=False, norm=False)
+        self.patch_embed = (
+            ConvEmbed(dim, config.patch_size)
+            if config.conv_stem
+            else PatchEmbed(dim, config.patch_size, bias=False, norm=False)
+        )
         self.norm_pre = nn.LayerNorm(dim, eps=1e-6)
-        self.blocks = nn.Sequential(*(DeitBlock(dim, config.heads, idle_ratio) for _ in range(12)))
+        self.blocks = nn.Sequential(*(DeitBlock(dim, config.heads, idle_ratio) for _ in range(config.depth)))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes)
         nn.init.normal_(self.cls_token, std=1e-6)
@@ -136,7 +168,7 @@ class RepaDeit(nn.Module):
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Classify float images ``[B, 3, 224, 224]``, normalised with the ImageNet mean and deviation, into logits."""
+        """Classify float images ``[B, 3, img_size, img_size]``, normalised as in training, into logits."""
         x = self.patch_embed(x)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed
         return self.head(self.norm(self.blocks(self.norm_pre(x)))[:, 0])
@@ -299,17 +331,44 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-def create(name: str, idle_ratio: float = 0.75, num_classes: int = 1000) -> RepaDeit | RepaSwin:
-    """Build a RePaViT in its training form, for images of 224 x 224.
+def create(
+    name: str,
+    idle_ratio: float = 0.75,
+    num_classes: int = 1000,
+    *,
+    dim: int | None = None,
+    heads: int | None = None,
+    depth: int | None = None,
+    img_size: int | None = None,
+    patch_size: int | None = None,
+    conv_stem: bool | None = None,
+) -> RepaDeit | RepaSwin:
+    """Build a RePaViT in its training form; an option left out has the published value.
 
     Args:
-        name: ``repavit_tiny``, ``repavit_small``, ``repavit_base`` or ``repaswin_tiny``.
+        name: ``repavit_tiny``, ``repavit_small``, ``repavit_base`` or ``repaswin_tiny``; the last takes the first two
+            options only.
         idle_ratio: share of the feed-forward channels without activation, 0 to 1 (theta in the paper).
         num_classes: size of the logits.
+        dim: channels, a multiple of ``heads``.
+        heads: attention heads.
+        depth: blocks.
+        img_size: side of the square images, a multiple of ``patch_size``.
+        patch_size: side of a patch; with ``conv_stem`` 1, 2, 4, 8 or 16.
+        conv_stem: embed with four 3 x 3 convolutions in place of one matrix for each patch.
 
     Raises:
-        InputError: the name is unknown, the ratio is not between 0 and 1, or there is no class.
+        InputError: the name is unknown or an option is out of range.
     """
+    given = {
+        "dim": dim,
+        "heads": heads,
+        "depth": depth,
+        "img_size": img_size,
+        "patch_size": patch_size,
+        "conv_stem": conv_stem,
+    }
+    given = {k: v for k, v in given.items() if v is not None}
     if not 0 <= idle_ratio <= 1:
         raise InputError(
             f"{name}: idle_ratio={idle_ratio}", "it is a share of the channels", "give a number from 0 to 1"
@@ -317,7 +376,9 @@ def create(name: str, idle_ratio: float = 0.75, num_classes: int = 1000) -> Repa
     if num_classes < 1:
         raise InputError(f"{name}: num_classes={num_classes}", "a classifier has at least one class")
     if name in _DEITS:
-        return RepaDeit(_DEITS[name], idle_ratio, num_classes)
+        return RepaDeit(replace(_DEITS[name], **given), idle_ratio, num_classes)
     if name in _SWIN_DEPTHS:
+        if given:
+            raise InputError(f"{name} has no option {next(iter(given))!r}", "its shape is fixed")
         return RepaSwin(_SWIN_DEPTHS[name], idle_ratio, num_classes)
     raise InputError(f"no RePaViT named {name!r}", "", f"choose one of {', '.join((*_DEITS, *_SWIN_DEPTHS))}")
