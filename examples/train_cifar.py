@@ -7,8 +7,8 @@ other), ``offsets`` (int64, one more than there are images) and ``labels`` (inte
 what 32 x 32 pixels can hardly spare, so an accuracy on such images is below one on CIFAR-10 as it was published, and
 compares only with accuracies on the same files.
 
-A run that was stopped goes on from its state file. The same seed and number of threads give the same weights, whether
-a run was stopped or not.
+A run that was stopped goes on from its state file. On one machine the same seed and number of threads give the same
+weights, whether a run was stopped or not. The checkpoints of the package are what the defaults give.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Recipe:
 RECIPES = {
     "shvit_cifar": Recipe(10),
     "efficientvit_cifar": Recipe(9),
-    "repavit_cifar": Recipe(8, rate=2e-3),
+    "repavit_cifar": Recipe(45, rate=2e-3),
     "repvgg_cifar": Recipe(12, bfloat16=True),
 }
 
@@ -209,17 +209,16 @@ def main() -> None:
         "--data", type=Path, default=os.environ.get("EDGECOMPILE_DATA"), help="folder of the .npz files"
     )
     parser.add_argument("--out", type=Path, help="the checkpoint; NAME.pt if not given")
-    parser.add_argument("--state", type=Path, help="where to go on from; OUT.state if not given")
     parser.add_argument("--epochs", type=int, help="default: that of the published checkpoint")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.data is None:
         parser.error("where are the images? give --data FOLDER or set EDGECOMPILE_DATA")
     torch.set_num_threads(args.threads)
     out = args.out or Path(f"{args.name}.pt")
-    state = args.state or out.with_suffix(".state")
+    state = out.with_suffix(".state")
     epochs = args.epochs or RECIPES[args.name].epochs
     found = train(args.name, args.data, out, state, epochs, args.batch, args.seed)
     print(f"{args.name}: {found:.2%} of the test images, which are lossy JPEG; {out} written")

@@ -77,14 +77,12 @@ ZOO: dict[str, Entry] = {
     "repaswin_tiny": Entry("repavit", 224, "classification", _REPAVIT),
     "repvgg_a0": Entry("repvgg", 224, "classification", _REPVGG),
     **{
-        f"{family}_cifar": Entry(
-            "cifar", 32, "classification", paper, f"{family}_cifar.pt" if trained else None, _CIFAR_MEAN, _CIFAR_STD
-        )
-        for family, paper, trained in (
-            ("shvit", _SHVIT, True),
-            ("efficientvit", _EFFICIENTVIT, False),
-            ("repavit", _REPAVIT, True),
-            ("repvgg", _REPVGG, False),
+        f"{family}_cifar": Entry("cifar", 32, "classification", paper, f"{family}_cifar.pt", _CIFAR_MEAN, _CIFAR_STD)
+        for family, paper in (
+            ("shvit", _SHVIT),
+            ("efficientvit", _EFFICIENTVIT),
+            ("repavit", _REPAVIT),
+            ("repvgg", _REPVGG),
         )
     },
 }
@@ -134,7 +132,7 @@ def create(name: str, *, checkpoint: str | Path | None = None, pretrained: bool 
         if ZOO[name].checkpoint is None:
             raise InputError(
                 f"there are no weights for {name}",
-                f"this package carries those of {', '.join(pretrained_names()) or 'no model'}",
+                f"this package carries those of {', '.join(pretrained_names())}",
                 "give the authors' with checkpoint=",
             )
         checkpoint = Path(__file__).parent / "checkpoints" / str(ZOO[name].checkpoint)

@@ -3,6 +3,16 @@
 They are built by the code of the full-size models, with a smaller stem stride and reduced width and depth, and exist so
 that what a rewrite costs in accuracy can be measured on trained weights within seconds. ``examples/train_cifar.py``
 trains them; its results are the checkpoints of ``create(name, pretrained=True)``.
+
+Accuracy in per cent of 5,000 test images that are lossy JPEG, as are the training images; minutes of CPU time on one
+core; parameters and multiply-accumulates of the training form:
+
+| name               | parameters | MACs    | epochs | minutes | accuracy |
+|--------------------|------------|---------|--------|---------|----------|
+| shvit_cifar        |    583,064 |  8.90 M |     10 |      10 |    79.52 |
+| efficientvit_cifar |    383,876 |  7.47 M |      9 |       9 |    78.18 |
+| repavit_cifar      |    228,690 |  4.60 M |     45 |      24 |    79.22 |
+| repvgg_cifar       |    367,978 | 14.91 M |     12 |       7 |    81.68 |
 """
 
 from __future__ import annotations
