@@ -619,7 +619,7 @@ def main() -> int:
         write(options.out, "scale", {"seed": options.seed, "growth_exponent": growth(rows), "rows": rows})
         print_scale(rows, growth(rows))
         return int(any(r["cpu_seconds"] > r["limit_seconds"] for r in rows))
-    names = models.names() if options.models == ["all"] else options.models
+    names = list(FUSED_PARAMETERS) if options.models == ["all"] else options.models
     unknown = [n for n in names if n not in models.ZOO]
     if unknown:
         parser.error(f"no model {', '.join(unknown)} in the zoo")

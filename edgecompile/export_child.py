@@ -120,8 +120,11 @@ def _zoo(request: Mapping[str, Any], specs: Mapping[str, Any]) -> tuple[Any, ...
 
     name, seed, notes = request["path"], request["seed"], []
     example = torch.randn(models.ZOO[name].input_shape, generator=torch.Generator().manual_seed(seed))
-    module = models.create(name, checkpoint=request["checkpoint"])
-    if request["checkpoint"] is None:
+    own = request["checkpoint"] is None and models.ZOO[name].checkpoint is not None
+    module = models.create(name, checkpoint=request["checkpoint"], pretrained=own)
+    if own:
+        notes.append("the weights that come with edgecompile")
+    elif request["checkpoint"] is None:
         with torch.no_grad():
             randomize(module, seed, example)
         notes.append(f"random weights (seed {seed})")

@@ -195,6 +195,18 @@ def test_zoo(tmp_path):
     assert any("blocks" in p for n in source.graph.nodes for p in provenance(n).modules)
 
 
+def test_a_zoo_model_that_comes_with_weights_has_them(tmp_path):
+    import torch
+
+    from edgecompile import models
+
+    source = frontend.load("repavit_cifar", folder=tmp_path)
+    assert source.notes[0] == "the weights that come with edgecompile"
+    (x,) = source.feeds[0].values()
+    expected = models.create("repavit_cifar", pretrained=True)(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(next(iter(source.reference[0].values())), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_zoo_with_a_wrong_checkpoint(tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "other.pth")
     error = refused("efficientvit_m0", tmp_path, checkpoint=tmp_path / "other.pth")

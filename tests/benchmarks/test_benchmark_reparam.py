@@ -133,7 +133,9 @@ def relative_error(name: str, seed: int = 0) -> tuple[float, int]:
 FAST = ("shvit_s1", "efficientvit_m0", "litepose_xs", "damoyolo_t", "damoyolo_ns", "deanet", "repavit_tiny")
 
 
-@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in models.ZOO])
+@pytest.mark.parametrize(
+    "name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in reparam.FUSED_PARAMETERS]
+)
 def test_author_form_is_the_model_at_the_published_size(name):
     error, parameters = relative_error(name)
     assert error < reparam.TOLERANCE
