@@ -6,7 +6,7 @@ Each model runs in a process of its own: export, the passes of the precision's p
 of strongly typed networks for TensorRT 10.3, 10.16 and 11. `refused` is what keeps a version from building the graph;
 `notes` counts places that build and run slower than they could. Int8 is calibrated on two random inputs in the quickest
 way, since only where Q/DQ stand matters here. No TensorRT takes part: the figures are of the graph, not of an engine.
-Weights and BatchNorm statistics are random.
+Weights and BatchNorm statistics are random. An existing file of results keeps its rows of models that are not named.
 """
 
 from __future__ import annotations
@@ -125,19 +125,36 @@ def main() -> None:
 
     from edgecompile import models
 
-    rows = []
-    for name in options.names or models.names():
+    order = models.names()
+    rows = {row["model"]: row for row in kept(options.output)}
+    for name in options.names or order:
         done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{name} failed")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print("\n".join(markdown(rows[-1:]).splitlines()[2:]), flush=True)
+        rows[name] = json.loads(done.stdout.splitlines()[-1])
+        print("\n".join(markdown([rows[name]]).splitlines()[2:]), flush=True)
         if options.output:
-            document = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
+            ordered = sorted(rows.values(), key=lambda row: order.index(row["model"]))
+            document = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": ordered}
             options.output.write_text(json.dumps(document, indent=1) + "\n")
-    wrong = [r["model"] for r in rows for m in r["precisions"].values() for v in m["versions"].values() if not v["ok"]]
+    wrong = [
+        name
+        for name, row in rows.items()
+        for made in row["precisions"].values()
+        for found in made["versions"].values()
+        if not found["ok"]
+    ]
     if wrong:
         raise SystemExit(f"refused: {', '.join(dict.fromkeys(wrong))}")
+
+
+def kept(output: Path | None) -> list[dict[str, Any]]:
+    """The rows of an earlier run, of models that there still are; a new one replaces those of the models it names."""
+    from edgecompile import models
+
+    if output is None or not output.exists():
+        return []
+    return [row for row in json.loads(output.read_text())["rows"] if row["model"] in models.names()]
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """Zoo models through the targets `tvm` and `ort` at native resolution: parity, build time, load time, latency ratios.
 
-Usage: python benchmarks/tvm_target.py [NAME ...] [--seconds 6] [--threads 1] [--output FILE]
+Usage: python benchmarks/tvm_target.py [NAME ...] [--seconds 6] [--threads 1 2] [--output FILE]
 
 (It is not called tvm.py, which would hide the package from itself.) Each model runs in a process of its own, exported
 by TorchScript with random weights, and goes through the target's own passes; both engines are built from the resulting
 graph. They are interleaved in one run, six times with fresh sessions. Ratios below 1 mean that TVM's code is faster;
-the interval in brackets has 95 % confidence. `--plain` adds TVM's default lowering as a third engine.
+the interval in brackets has 95 % confidence. A third engine has Winograd's algorithm turned off; `--plain` adds TVM's
+default lowering as a fourth.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -24,7 +26,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-REPRESENTATIVES = ["efficientvit_m0", "shvit_s1", "repavit_tiny", "litepose_xs", "damoyolo_ns", "deanet"]
+REPRESENTATIVES = [
+    "repvgg_a0",
+    "damoyolo_t",
+    "shvit_s4",
+    "deanet",
+    "repavit_small",
+    "efficientvit_m5",
+    "litepose_xs",
+]
+DIRECT, PLAIN = "tvm without winograd", "tvm default lowering"
 
 
 def exported(name: str) -> Any:
@@ -61,9 +72,9 @@ def run_one(name: str, seconds: float, threads: int, plain: bool) -> dict[str, A
 
     graph = exported(name)
     feeds = oracle.random_feeds(graph.signature().inputs)
-    arms = {"tvm": (TvmTarget(), {}), "ort": (OrtTarget(), {})}
+    arms = {"tvm": (TvmTarget(), {}), "ort": (OrtTarget(), {}), DIRECT: (TvmTarget(), {"winograd": "no"})}
     if plain:
-        arms["tvm default lowering"] = (TvmTarget(), {"schedules": "no"})
+        arms[PLAIN] = (TvmTarget(), {"schedules": "no"})
     spent: dict[str, dict[str, float]] = {}
     manifests, outputs = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -107,10 +118,11 @@ def run_one(name: str, seconds: float, threads: int, plain: bool) -> dict[str, A
 
 
 def line(row: dict[str, Any]) -> str:
-    ratio, spent = row["to_ort"]["tvm"], row["seconds"]["tvm"]
+    ratio, direct, spent = row["to_ort"]["tvm"], row["to_ort"][DIRECT], row["seconds"]["tvm"]
     return (
         f"| {row['model']} | {row['threads']} | {row['parity']:.0e} | {row['p50_ms']['tvm']:.2f} "
         f"| {row['p50_ms']['ort']:.2f} | {ratio['value']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}] "
+        f"| {direct['value']:.2f} "
         f"| {spent['build_s']:.0f} | {spent['build_cpu_s']:.0f} | {spent['load_and_first_run_s']:.2f} |"
     )
 
@@ -119,26 +131,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--seconds", type=float, default=6)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--plain", action="store_true", help="also TVM's default lowering")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(run_one(options.one, options.seconds, options.threads, options.plain)))
+        print(json.dumps(run_one(options.one, options.seconds, options.threads[0], options.plain)))
         return
     from common import machine
 
-    print("| model | threads | parity | tvm ms | ort ms | ratio | build s | build CPU s | load and first run s |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    columns = (
+        "model, threads, parity, tvm ms, ort ms, ratio, without Winograd, build s, build CPU s, load and first run s"
+    )
+    print(f"| {columns.replace(', ', ' | ')} |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
     rows = []
-    for name in options.names or REPRESENTATIVES:
+    for name, threads in itertools.product(options.names or REPRESENTATIVES, options.threads):
         command = [sys.executable, __file__, "--one", name, "--seconds", str(options.seconds)]
-        command += ["--threads", str(options.threads), *(["--plain"] if options.plain else [])]
+        command += ["--threads", str(threads), *(["--plain"] if options.plain else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
         if done.returncode:
-            rows.append({"model": name, "threads": options.threads, "failed": done.returncode})
-            print(f"| {name} | {options.threads} | failed |", flush=True)
+            rows.append({"model": name, "threads": threads, "failed": done.returncode})
+            print(f"| {name} | {threads} | failed |", flush=True)
             continue
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(line(rows[-1]), flush=True)

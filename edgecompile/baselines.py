@@ -13,7 +13,6 @@ refuses external data with a second hard link. Reading takes no lock and proves 
 from __future__ import annotations
 
 import contextlib
-import difflib
 import json
 import os
 import re
@@ -27,7 +26,7 @@ from filelock import FileLock, Timeout
 
 from edgecompile import __version__, bundle, documents, fingerprint
 from edgecompile.bundle import Bundle
-from edgecompile.errors import EnvironmentMissing, InputError
+from edgecompile.errors import EnvironmentMissing, InputError, did_you_mean
 from edgecompile.files import new_folder, write_atomic
 from edgecompile.fingerprint import Fingerprint
 
@@ -257,12 +256,11 @@ class Store:
 
     def _missing(self, text: str) -> EnvironmentMissing:
         known = self.names()
-        close = difflib.get_close_matches(text, known, 1)
         listed = f"{', '.join(known[:10])}{', ...' if len(known) > 10 else ''}" if known else "none"
         return EnvironmentMissing(
             f"there is no baseline {text!r}",
             f"it is no bundle's folder; names in {self.root}: {listed}",
-            f"did you mean {close[0]!r}?" if close else "`edgecompile baseline save NAME BUNDLE` makes one",
+            did_you_mean(text, known) or "`edgecompile baseline save NAME BUNDLE` makes one",
         )
 
     def _add(self, source: Bundle, digest: str) -> None:

@@ -452,8 +452,8 @@ def imported(bundle: Bundle, folder: Path) -> BenchResult:
     Raises:
         InputError: a file is missing, or is not what trtexec writes.
     """
+    from edgecompile.graph import named
     from edgecompile.targets.trt import trtexec
-    from edgecompile.targets.trt.build import named
 
     graph = named(bundle.graph())
     run = trtexec.load_folder(graph, folder)

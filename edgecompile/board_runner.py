@@ -80,7 +80,7 @@ LIGHT = {
         {"edgecompile.targets": ("ort_session",)}, "edgecompile.targets.ort_session", "onnxruntime", "onnxruntime"
     ),
     "trt": Light(
-        {"edgecompile.targets.trt": ("__init__", "device", "options", "plan", "probe", "session")},
+        {"edgecompile.targets.trt": ("__init__", "options", "plan", "probe", "session")},
         "edgecompile.targets.trt.session",
         "tensorrt",
         "tensorrt",

@@ -17,7 +17,6 @@ clipping together (Choukroun et al., "Low-bit Quantization of Neural Networks fo
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -35,7 +34,7 @@ import onnx
 import platformdirs
 
 from edgecompile.calibration_data import CalibrationData
-from edgecompile.errors import InputError, missing_extra
+from edgecompile.errors import InputError, did_you_mean, missing_extra
 from edgecompile.files import cannot_write, write_atomic
 from edgecompile.graph import Graph
 from edgecompile.oracle import Feeds
@@ -394,7 +393,8 @@ class _Divergence:
         inside[:, -1] += right
         with np.errstate(divide="ignore", invalid="ignore"):
             found = (own - np.einsum("ij,ij->i", inside, logs)) / total - math.log(total) + np.log(kept)
-        return np.where(np.isnan(found), np.inf, found)
+        # Where all lies in one level, nothing diverges: a window that clips more than it holds says nothing.
+        return np.where(np.isnan(found) | (2 * kept < total), np.inf, found)
 
 
 def _xlogx(values: np.ndarray) -> np.ndarray:
@@ -563,7 +563,9 @@ def _light(graph: Graph) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
     small = [t for t in model.graph.initializer if t.name not in weights]
     del model.graph.initializer[:]
     model.graph.initializer.extend(small)
-    return model, {name: np.ascontiguousarray(values) for name, values in weights.items()}
+    light = onnx.ModelProto()
+    light.CopyFrom(model)  # a message gives no memory back before all of it goes
+    return light, {name: np.ascontiguousarray(values) for name, values in weights.items()}
 
 
 def _session(model: onnx.ModelProto, weights: Mapping[str, np.ndarray], threads: int) -> Any:
@@ -837,8 +839,7 @@ def _resolve(graph: Graph, tensors: Sequence[str], axes: Mapping[str, int]) -> d
         if name in constants:
             raise InputError(f"the tensor {name!r} is a weight", "its range is known without calibration")
         if name not in producers and name not in inputs:
-            close = difflib.get_close_matches(name, [*producers, *inputs], 1)
-            raise InputError(f"the graph has no tensor {name!r}", f"did you mean {close[0]!r}?" if close else "")
+            raise InputError(f"the graph has no tensor {name!r}", did_you_mean(name, [*producers, *inputs]))
         source = name
         while name not in axes and source in producers:
             node = producers[source]

@@ -98,7 +98,8 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
     epilog="\b\nExamples:\n  edgecompile build shvit_s1 --target ort\n"
     "  edgecompile build model.py:small --target ort -o build/small --dynamic x:0=1:4:16\n"
     "  edgecompile build net.onnx --target ort --option threads=1 --option ort_format=true\n"
-    "  edgecompile build net.onnx --precision int8 --calib images/ --config edgecompile.toml"
+    "  edgecompile build net.onnx --precision int8 --calib images/ --config edgecompile.toml\n"
+    "  edgecompile build net.onnx --prune 0.7x --calib images/"
 )
 @click.argument("source")
 @click.option("--target", default="ort", show_default=True, help="Backend: see `edgecompile doctor`.")
@@ -109,8 +110,9 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
 @_dynamic
 @_checkpoint
 @click.option(
-    "--option", "target_options", multiple=True, metavar="KEY=VALUE", help="Option of the target, e.g. threads=1."
-)
+    "--option", "target_options", multiple=True, metavar="KEY=VALUE",
+    help="Option of the target, e.g. threads=1; `--option help` lists them.",
+)  # fmt: skip
 @click.option("--calib", metavar="PATH", help="Calibration data: folder of images, .npz, .npy, or random:16.")
 @click.option("--calib-memory", metavar="512MiB", help="Memory that calibration may take for activations.")
 @click.option(
@@ -120,6 +122,10 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
     "--max-drop", metavar="0.5%", help="Most that the score of evaluate(run) may fall below fp32; layers are reverted. "
     "With %, that share of the fp32 score; without, in the unit of the score.",
 )  # fmt: skip
+@click.option(
+    "--prune", metavar="0.7x", help="Prune channels to this share of the measured latency; repaired with --calib."
+)
+@click.option("--prune-params", metavar="0.5", help="Prune channels to this share of the parameters instead.")
 @click.option("--force", is_flag=True, help="Keep int8 or fp16 even if it is not faster than fp32.")
 @click.option("--strict", is_flag=True, help="Stop when a pass fails, instead of going on without it.")
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
@@ -138,6 +144,14 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
     from edgecompile import config as files
 
     given = _with_config(ctx, config, given)
+    if "help" in given["target_options"]:
+        options = registry.target(given["target"]).options
+        rows = [{"option": n, "default": str(value), "what": what} for n, (value, what) in options.items()]
+        if given["as_json"]:
+            terminal.print_json({"schema": "edgecompile.options/1", "target": given["target"], "options": rows})
+        else:
+            terminal.console().print(terminal.table("", rows))
+        return
     recorded: dict[str, Any] = {}
     before = ""
     if bundle.is_bundle(given["source"]):  # finish it, or build it again, as it was
@@ -168,7 +182,14 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
         min_snr=given["min_snr"],
         max_drop=None if given["max_drop"] is None else files.drop(given["max_drop"], "--max-drop"),
         force=given["force"],
+        prune=None if given["prune"] is None else files.share(given["prune"], "--prune"),
+        prune_params=None if given["prune_params"] is None else files.share(given["prune_params"], "--prune-params"),
     )
+    if options.prune is not None and options.prune_params is not None:
+        raise InputError("--prune and --prune-params cannot both be the goal", fix="give one of them")
+    if options.prune is not None and options.prepare:
+        raise InputError("--prune times the model on the target", "--prepare leaves that to the board",
+                         "prune on the board, or give --prune-params")  # fmt: skip
     if options.passes is None and not bundle.is_bundle(given["source"]):
         driver.check(given["source"], options)  # what cannot be built fails before the export
     with terminal.progress() as say, opened(given, say) as source:

@@ -7,6 +7,7 @@
     [build]                         # the options of `edgecompile build`, by their names there
     target = "ort"
     max_drop = "0.5%"               # of the score of evaluate(run), or 0.005 in its own unit
+    prune = "0.7x"                  # of the measured latency; or prune-params = 0.5, of the parameters
 
     [preprocess]                    # how images become inputs, see edgecompile.calibration_data.Preprocess
     size = [224, 224]
@@ -46,7 +47,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import hashlib
 import json
 import math
@@ -60,7 +60,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgecompile.errors import InputError
+from edgecompile.errors import InputError, did_you_mean
 from edgecompile.fingerprint import FACTS, PREFIXES, Fingerprint
 
 if TYPE_CHECKING:
@@ -232,6 +232,25 @@ def fraction(value: Any, where: str, high: float = math.inf) -> float:
     return _within(number, value, where, example, high=high)
 
 
+def share(text: str, what: str) -> float:
+    """A share above 0 and below 1, like ``0.7`` or ``0.7x``.
+
+    Args:
+        text: the value.
+        what: how errors name it.
+
+    Raises:
+        InputError: it is something else.
+    """
+    try:
+        value = float(text.removesuffix("x"))
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
+        raise InputError(f"{what} {text} is not a share above 0 and below 1", fix=f"write it like {what} 0.7")
+    return value
+
+
 def drop(value: Any, where: str) -> Drop:
     """The most that a score may fall: ``"0.5%"``, a share of it, or ``0.005``, in its own unit.
 
@@ -388,8 +407,7 @@ def _wrong(value: Any, where: str, what: str, example: str) -> InputError:
 
 
 def _unknown(what: str, name: str, known: Sequence[str]) -> InputError:
-    close = difflib.get_close_matches(name, known, 1)
-    return InputError(what, f"did you mean {close[0]!r}?" if close else f"there are: {', '.join(known)}")
+    return InputError(what, did_you_mean(name, known) or f"there are: {', '.join(known)}")
 
 
 def _shown(value: Any) -> str:

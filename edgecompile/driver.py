@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import random
 import re
 import shlex
+import shutil
 import sys
 import tempfile
 import time
@@ -23,6 +25,7 @@ from edgecompile import (
     frontend,
     measure,
     oracle,
+    qdq,
     registry,
     report,
     stats,
@@ -67,6 +70,8 @@ class Options:
         force: keep an engine of lower precision even if it is slower than that of the precision it came from.
         prepare: do everything but the target's own build, which another machine will do.
         before: passes that the source has been through, where it is a bundle.
+        prune: share of the measured latency that pruning is to leave, None for no such pruning.
+        prune_params: the same of the parameters.
     """
 
     target: str = "ort"
@@ -85,6 +90,8 @@ class Options:
     force: bool = False
     prepare: bool = False
     before: str = ""
+    prune: float | None = None
+    prune_params: float | None = None
 
 
 def pipeline_spec(options: Options) -> str:
@@ -93,8 +100,21 @@ def pipeline_spec(options: Options) -> str:
     Raises:
         InputError: the target has no such precision.
     """
-    if options.passes is not None:
-        return options.passes
+    spec = _target_spec(options) if options.passes is None else options.passes
+    goals = {"latency": options.prune, "params": options.prune_params}
+    given = [f"{name}={share:g}" for name, share in goals.items() if share is not None]
+    if not given:
+        return spec
+    passes = list(Pipeline.parse(spec).passes) if spec else []
+    if any(p.name == "prune" for p in passes):
+        raise InputError("pruning is asked for twice", "by --passes and by --prune", "leave one of them out")
+    more = ["score=reconstruction", "repair=true"] if options.calib else []
+    place = next((i for i, p in enumerate(passes) if not p.exact or p.name == "legalize"), len(passes))
+    prune = Pipeline.parse(f"prune{{{','.join(given + more)}}}").passes
+    return str(Pipeline((*passes[:place], *prune, *passes[place:])))
+
+
+def _target_spec(options: Options) -> str:
     target = registry.target(options.target)
     if options.precision not in target.pipelines:
         others = [n for n in registry.target_names() if options.precision in registry.target(n).pipelines]
@@ -194,6 +214,7 @@ def _build(
     source: Source, out: Path, options: Options, say: Callable[[str], None], instead_of: _Slower | None = None
 ) -> Bundle:
     target = registry.target(options.target)
+    target.check(options.target_options)
     spec = pipeline_spec(options)
     pipeline = _pipeline(options)
     if _keeps_score(pipeline) and (source.file is None or "evaluate" not in source.file.defines):
@@ -204,6 +225,9 @@ def _build(
     stages: list[tuple[Step, Graph]] = []
     with new_folder(out) as folder, tempfile.TemporaryDirectory(prefix="edgecompile-") as scratch:
         data = _calibration(source, pipeline, options, Path(scratch) / "calibration", say)
+        timer = None
+        if any(p.name == "prune" for p in pipeline.passes) and target.missing() is None and not options.prepare:
+            timer = _Timer(target, source, options, Path(scratch) / "timed", say)
         with clock("passes"), _scorer(source, pipeline, Path(scratch) / "score", say) as scorer:
             try:
                 trace = pipeline.run(
@@ -215,15 +239,23 @@ def _build(
                     calibration=data,
                     evaluate=scorer,
                     cache=calibration.cache_folder(),
+                    measure=timer,
                 )
             finally:
                 if scorer is not None and scorer.failure is not None:
                     raise scorer.failure
+        if options.prune is not None or options.prune_params is not None:
+            for step in filter(_prunes, trace.failures):
+                raise InputError("the model cannot be pruned so", step.failure)
         files = [f.name for f in graph.save(folder / bundle.MODEL)]
+        tolerance = TOLERANCE[options.precision]
+        if unchanged := _without_int8(graph, trace, options):
+            say(unchanged)
+            options = replace(options, precision="fp32")
         if options.prepare or target.missing() is not None:
             say(f"preparing for {options.target}")
             prepared = target.prepare(graph, options.target_options)
-            reference = source.reference or tuple(oracle.run(source.graph, f) for f in source.feeds)
+            reference = _reference(source, graph, trace, options, stages)
             bundle.write_probe(folder, source.feeds[0], reference[0])
             manifest = bundle.write_manifest(
                 folder,
@@ -243,7 +275,7 @@ def _build(
             engine = target.build(graph, folder, options.target_options, say)
         say("checking parity")
         with clock("parity"):
-            reference = source.reference or tuple(oracle.run(source.graph, f) for f in source.feeds)
+            reference = _reference(source, graph, trace, options, stages)
             errors, elsewhere = {}, ""
             try:
                 errors = oracle.worst(
@@ -252,7 +284,6 @@ def _build(
             except EnvironmentMissing as error:  # compiled for another machine
                 elsewhere = f"the engine was neither compared nor measured: {error.what}"
                 options = replace(options, bench=False)
-        tolerance = TOLERANCE[options.precision]
         _require_parity(errors, tolerance, source)
         bundle.write_probe(folder, source.feeds[0], reference[0])
         accuracy = None
@@ -272,11 +303,15 @@ def _build(
                 layers = engine.layers(source.feeds[0])
                 saved = _saved(target, arms, stages, trace, layers, source.feeds[0])
         warnings = [f"{instead_of.why}; this is fp32 (--force keeps {instead_of.precision})"] if instead_of else []
-        warnings += [elsewhere] if elsewhere else []
+        warnings += [text for text in (unchanged, elsewhere) if text]
+        if _approximated(trace, options) and not elsewhere:
+            warnings.append("parity is of the engine with what the passes left; their own errors are listed by pass")
         if data is not None and data.random:
             warnings.append("the ranges come from random numbers, which say nothing about the accuracy on real data")
         slower = _slower(dict(latency), stages, layers, options)
-        if slower and options.force:
+        # What a pass asked for by name has made is kept: it may be wanted for its bytes.
+        kept = options.force or options.precision == "fp32"
+        if slower and kept:
             warnings.insert(0, slower)
         made = report.Report.from_build(
             source=source,
@@ -301,7 +336,7 @@ def _build(
         )
         made.write(folder)
         engine.close()
-        if slower and not options.force:
+        if slower and not kept:
             raise _Slower(slower, options.precision, (folder / "report.json").read_bytes())
         if instead_of:
             write_atomic(folder / f"rejected-{instead_of.precision}.json", [instead_of.report])
@@ -325,6 +360,15 @@ def _with_budgets(pipeline: Pipeline, options: Options) -> Pipeline:
     return Pipeline(tuple(replace(p, **{k: v for k, v in given.items() if hasattr(p, k)}) for p in passes))
 
 
+def _without_int8(graph: Graph, trace: Trace, options: Options) -> str:
+    """What to say where int8 was asked for and no layer is; ``""`` elsewhere."""
+    if options.precision != "int8" or qdq.is_quantized(graph):
+        return ""
+    tried = trace.sensitivity is not None and trace.sensitivity.table
+    why = "no layer can be int8 and keep the budget" if tried else "no layer of the model can be int8"
+    return f"{why}; this is fp32"
+
+
 @contextlib.contextmanager
 def _scorer(
     source: Source, pipeline: Pipeline, folder: Path, say: Callable[[str], None]
@@ -343,21 +387,23 @@ def _calibration(
     """The data that the passes take statistics from, None if none is given and none is needed."""
     if not any(p.name in _CALIBRATED for p in pipeline.passes):
         return None
+    needed = any(_CALIBRATED.get(p.name) or getattr(p, "needs_data", False) for p in pipeline.passes)
     inputs = source.graph.signature().inputs
     given: str | Path | None = options.calib
     if given is None and source.file and "calibration_data" in source.file.defines:
         given = frontend.calibration_data(source.file, inputs, folder=folder, progress=say)
-    if given is None and not any(_CALIBRATED.get(p.name) for p in pipeline.passes):
+    if given is None and not needed:
         return None
     return calibration_data.open_data(given, inputs, options.preprocess, options.seed)
 
 
-_CALIBRATED = {"cast": False, "quantize": True}  # pass that uses calibration data -> whether it needs it
+# Passes that use calibration data -> whether they need it.
+_CALIBRATED = {"cast": False, "quantize": True, "shift_add": False, "prune": False}
 
 
 def _before(arms: Mapping[str, Any], stages: Sequence[tuple[Step, Graph]]) -> str | None:
-    """The arm whose precision was lowered: what the passes before the first inexact one left."""
-    inexact = next((i for i, (step, _) in enumerate(stages) if not step.exact), None)
+    """The arm whose precision was lowered: what the passes before the first inexact one left; pruning lowers none."""
+    inexact = next((i for i, (step, _) in enumerate(stages) if not step.exact and not _prunes(step)), None)
     return None if inexact is None or not arms else list(arms)[inexact]  # the plain export comes first
 
 
@@ -412,13 +458,43 @@ def _slower(
     between = [x for x in layers if x.op in ("QuantizeLinear", "DequantizeLinear", "Cast")]
     costly = sorted(report.by_module(layers), key=lambda m: -m.microseconds)[:3]
     parts = [
-        f"{options.precision} is not faster than fp32 here: {found.value:.2f} of its time "
+        f"{_lowered_by(stages) if options.precision == 'fp32' else options.precision} is not faster than fp32 here: "
+        f"{found.value:.2f} of its time "
         f"({found.low:.2f} to {found.high:.2f})",
         f"{len(between)} conversions between types run as kernels of their own, "
         f"{sum(x.microseconds for x in between):.0f} us" if between else "",
         "most time goes into " + ", ".join(f"{m.path} ({m.microseconds:.0f} us)" for m in costly) if costly else "",
     ]  # fmt: skip
     return "; ".join(filter(None, parts))
+
+
+def _lowered_by(stages: Sequence[tuple[Step, Graph]]) -> str:
+    """The first pass that makes something less precise than the graph before it."""
+    return next(step.spec for step, _ in stages if not step.exact and not _prunes(step))
+
+
+def _prunes(step: Step) -> bool:
+    return step.spec.startswith("prune")
+
+
+def _approximated(trace: Trace, options: Options) -> bool:
+    """Whether a pass changed more than the rounding that the tolerance of fp32 is for."""
+    return options.precision == "fp32" and any(step.rewrites and not step.exact for step in trace.steps)
+
+
+def _reference(
+    source: Source, graph: Graph, trace: Trace, options: Options, stages: Sequence[tuple[Step, Graph]]
+) -> tuple[Outputs, ...]:
+    """What an engine must compute: what the source does.
+
+    In fp32 a pass that promises no more than an approximation was judged by its own budget when it ran; then it is what
+    the passes left, since the tolerance of fp32 is for rounding. Below fp32 it is what pruning left, if there was any.
+    """
+    if _approximated(trace, options):
+        return tuple(oracle.run(graph, feeds) for feeds in source.feeds)
+    if pruned := next((after for step, after in reversed(stages) if _prunes(step)), None):
+        return tuple(oracle.run(pruned, feeds) for feeds in source.feeds)
+    return source.reference or tuple(oracle.run(source.graph, feeds) for feeds in source.feeds)
 
 
 def _require_parity(errors: Mapping[str, OutputError], tolerance: float, source: Source) -> None:
@@ -481,6 +557,66 @@ def _measure(
         progress=lambda done: say(f"measuring latency, {done:.0%}"),
     )
     return list(samples.items())
+
+
+class _Timer:
+    """Times graphs on the target, see :class:`edgecompile.pipeline.Measure`."""
+
+    def __init__(self, target: Target, source: Source, options: Options, folder: Path, say: Callable[[str], None]):
+        self._target, self._source, self._options, self._folder, self._say = target, source, options, folder, say
+        self._built = 0
+
+    @functools.cached_property
+    def facts(self) -> dict[str, str]:
+        """Target, options, versions, device and CPU."""
+        engine, _ = self._build(self._source.graph)
+        manifest, threads = engine.manifest, engine.threads
+        engine.close()
+        known = measure.machine()
+        return {
+            "target": manifest.target,
+            "options": repr(sorted(manifest.options.items())),
+            "versions": repr(sorted(manifest.versions.items())),
+            "device": manifest.device,
+            "cpu": f"{known['cpu']} {known['features']}",
+            "clock": f"{engine.clock}, {threads} threads",
+        }
+
+    def _build(self, graph: Graph) -> tuple[Engine, Path]:
+        place = self._folder / str(self._built)
+        place.mkdir(parents=True)
+        self._built += 1
+        return self._target.build(graph, place, self._options.target_options), place
+
+    def __call__(self, graphs: Sequence[Graph], seconds: float, sessions: int) -> list[measure.Samples]:
+        """See :class:`edgecompile.pipeline.Measure`; inputs that the model does not have are random."""
+        arms: list[tuple[Graph, Path, EngineManifest, Outputs]] = []
+        clock, threads = "wall", 0
+        for graph in graphs:
+            engine, place = self._build(graph)
+            clock, threads = engine.clock if engine.clock in measure.CLOCKS else "wall", engine.threads
+            known = self._source.feeds[0]
+            feeds = {n: known.get(n, v) for n, v in oracle.random_feeds(graph.signature().inputs).items()}
+            arms.append((graph, place, engine.manifest, feeds))
+            engine.close()
+        order = random.Random(self._options.seed)
+
+        @contextlib.contextmanager
+        def open_arms() -> Iterator[dict[str, Callable[[], object]]]:
+            opened: dict[int, Engine] = {}
+            for i in order.sample(range(len(arms)), len(arms)):
+                graph, place, manifest, _ = arms[i]
+                opened[i] = self._target.load(place, manifest, graph)
+            yield {str(i): opened[i].call(arms[i][3]) for i in range(len(arms))}
+            for engine in opened.values():
+                engine.close()
+
+        samples = measure.interleave_sessions(
+            open_arms, clock, sessions=sessions, seconds=seconds, threads=threads, seed=self._options.seed
+        )
+        for _, place, _, _ in arms:
+            shutil.rmtree(place)
+        return list(samples.values())
 
 
 def _lowered(

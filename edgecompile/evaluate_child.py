@@ -354,7 +354,13 @@ def _engine(request: Mapping[str, Any], folder: Path, say: export_child.Say) -> 
             _same_module(opened.example, *made.probe())
         return Run(opened.example, opened.constants, on_module, until)
 
-    run = Run(opened.example, opened.constants, on_engine(engine.run, graph.signature().inputs))
+    names = [t.name for t in graph.outputs]
+
+    def outputs(feeds: Feeds) -> Outputs:
+        found = engine.run(feeds)
+        return {name: found[name] for name in names}  # an engine may have more, such as boxes after suppression
+
+    run = Run(opened.example, opened.constants, on_engine(outputs, graph.signature().inputs))
     return scores(opened.evaluate, opened.user, run, module_run, seed=request["seed"], say=say)
 
 

@@ -8,7 +8,6 @@ N (as LLVM's ``-opt-bisect-limit`` does) and :func:`bisect` can find the one at 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -17,21 +16,24 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import ml_dtypes
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from edgecompile import oracle, registry, stats
-from edgecompile.errors import EdgecompileError, InputError, PassError
+from edgecompile.errors import EdgecompileError, InputError, PassError, did_you_mean
 from edgecompile.graph import Graph, where
 from edgecompile.oracle import OutputError
 from edgecompile.stats import Stats
 
 if TYPE_CHECKING:
     from edgecompile.calibration_data import CalibrationData
+    from edgecompile.measure import Samples
+    from edgecompile.pruning import Pruning
     from edgecompile.sensitivity import Search
+    from edgecompile.tradeoff import Tradeoff
 
 
 @dataclass(frozen=True)
@@ -60,11 +62,14 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass did, and what it measured of single layers, if it chose among them."""
+    """What a pass did, what it measured of single layers, if it chose among them, what other forms would cost, and what
+    channels it cut."""
 
     rewrites: tuple[Rewrite, ...] = ()
     notes: tuple[Note, ...] = ()
     sensitivity: Search | None = None
+    tradeoff: Tradeoff | None = None
+    pruning: Pruning | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +115,20 @@ ANY_DROP = Drop()
 Evaluate = Callable[[Graph, bool], float]
 
 
+class Measure(Protocol):
+    """Times graphs on the target of the build.
+
+    Attributes:
+        facts: what times depend on: target, options, versions, device.
+    """
+
+    facts: Mapping[str, str]
+
+    def __call__(self, graphs: Sequence[Graph], seconds: float, sessions: int) -> Sequence[Samples]:
+        """Lower the graphs and time them interleaved, for some wall time per graph, in fresh sessions."""
+        ...
+
+
 @dataclass
 class Context:
     """What a running pass may use: inputs to look at, and the ledger of its rewrites.
@@ -122,6 +141,7 @@ class Context:
         evaluate: score of a graph, higher is better; or None.
         progress: told in a few words what is being done.
         cache: folder of what was found out before, or None.
+        measure: times graphs on the target, or None.
     """
 
     feeds: Sequence[Mapping[str, np.ndarray]] = ()
@@ -131,6 +151,7 @@ class Context:
     evaluate: Evaluate | None = None
     progress: Callable[[str], object] = lambda text: None
     cache: Path | None = None
+    measure: Measure | None = None
     _pass: str = ""
     _rewrites: list[Rewrite] = field(default_factory=list)
     _notes: dict[Note, None] = field(default_factory=dict)
@@ -148,9 +169,11 @@ class Context:
         """Say something about a place, once."""
         self._notes[Note(node if isinstance(node, str) else where(node), text)] = None
 
-    def result(self, sensitivity: Search | None = None) -> PassResult:
+    def result(
+        self, sensitivity: Search | None = None, tradeoff: Tradeoff | None = None, pruning: Pruning | None = None
+    ) -> PassResult:
         """Everything recorded since the pass began."""
-        return PassResult(tuple(self._rewrites), tuple(self._notes), sensitivity)
+        return PassResult(tuple(self._rewrites), tuple(self._notes), sensitivity, tradeoff, pruning)
 
     def begin(self, name: str) -> None:
         """Start the ledger of a pass; called by the pipeline."""
@@ -235,6 +258,8 @@ class Trace:
 
     steps: tuple[Step, ...]
     sensitivity: Search | None = None
+    tradeoff: Tradeoff | None = None
+    pruning: Pruning | None = None
 
     @property
     def rewrites(self) -> tuple[Rewrite, ...]:
@@ -278,6 +303,7 @@ class Pipeline:
         calibration: CalibrationData | None = None,
         evaluate: Evaluate | None = None,
         cache: Path | None = None,
+        measure: Measure | None = None,
     ) -> Trace:
         """Apply the passes to ``graph`` in place.
 
@@ -292,6 +318,7 @@ class Pipeline:
             calibration: data for passes that take statistics.
             evaluate: score for passes that keep one.
             cache: folder where passes keep what takes long to find out.
+            measure: times graphs, for passes that choose by time.
 
         Raises:
             InputError: the graph is invalid, or does not run on the feeds, before any pass has touched it.
@@ -315,10 +342,10 @@ class Pipeline:
                 unverified = error.why or error.what
         context = Context(
             tuple(feeds or ()), limit, calibration=calibration, evaluate=evaluate, cache=cache,
-            progress=progress or (lambda _: None),
+            measure=measure, progress=progress or (lambda _: None),
         )  # fmt: skip
         steps: list[Step] = []
-        sensitivity = None
+        sensitivity = tradeoff = pruning = None
         shape_feeds = feeds[0] if feeds else None
         before = stats.count(graph, shape_feeds)
         for number, step_pass in enumerate(self.passes):
@@ -352,7 +379,8 @@ class Pipeline:
                         "leave it out with --passes, or find the rewrite with `edgecompile bisect`",
                     )
             after = stats.count(graph, shape_feeds) if not failure else before
-            sensitivity = result.sensitivity or sensitivity
+            sensitivity, tradeoff = result.sensitivity or sensitivity, result.tradeoff or tradeoff
+            pruning = result.pruning or pruning
             steps.append(
                 Step(
                     str(step_pass), step_pass.exact, result.rewrites, result.notes, before, after, errors, seconds,
@@ -362,7 +390,7 @@ class Pipeline:
             before, reference = after, outputs
             if on_step:
                 on_step(steps[-1], graph)
-        return Trace(tuple(steps), sensitivity)
+        return Trace(tuple(steps), sensitivity, tradeoff, pruning)
 
 
 def _reason(error: Exception) -> str:
@@ -510,10 +538,9 @@ def _make(name: str, options: dict[str, str]) -> Pass:
     values: dict[str, Any] = {}
     for option, text in options.items():
         if option not in fields:
-            close = difflib.get_close_matches(option, fields, 1)
             raise InputError(
                 f"pass {name} has no option {option!r}",
-                f"did you mean {close[0]!r}?" if close else f"its options are: {', '.join(fields) or 'none'}",
+                did_you_mean(option, fields) or f"its options are: {', '.join(fields) or 'none'}",
                 "`edgecompile passes` lists them",
             )
         values[option] = _convert(name, option, text, type(fields[option].default))

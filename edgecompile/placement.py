@@ -59,7 +59,8 @@ class Rules:
         symmetric: the zero point of activations is that of the real zero: 0, or 128 for unsigned ones.
         int32_bias: biases become int32 with the scale of the accumulator.
         stored: weights are stored as integers; else as floats followed by a QuantizeLinear.
-        through: the readers of a layer's quantised result all read the dequantised one, also those in floating point.
+        through: the readers of a layer's quantised result all read the dequantised one, also those in floating point,
+            so that its kernel writes integers alone; the model's caller does only where the kernel writes nothing else.
         residual: the other input of an Add that adds to the result of a layer is quantised.
         folded: activation functions that the kernel of the node before them computes.
         ops: the rules by operator.
@@ -68,6 +69,7 @@ class Rules:
             Gemm of the two, and of the Reshapes it needs, before it looks for integers.
         grouped: convolutions of several groups, other than depthwise ones, gain from int8.
         note: what the user of this table should know, or ``""``.
+        simulated: the kernels add up integers exactly, as a simulation in floats does; else they are run to be judged.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Rules:
     wide_add: bool = False
     grouped: bool = True
     note: str = ""
+    simulated: bool = False
 
     @property
     def by_op(self) -> dict[str, OpRule]:
@@ -138,7 +141,7 @@ TENSORRT = Rules(
     symmetric=True,
     int32_bias=False,
     stored=False,
-    through=False,
+    through=True,
     residual=True,
     folded=("Relu", "Clip"),
     ops=(
@@ -156,24 +159,31 @@ TENSORRT = Rules(
         ("Resize", "it runs as fast in fp16, fused with what is around it"),
     ),
     grouped=False,
+    simulated=True,
 )
 
 TVM = Rules(
     name="tvm",
-    signed=True,
-    symmetric=True,
-    int32_bias=False,
+    signed=False,
+    symmetric=False,
+    int32_bias=True,
     stored=True,
     through=False,
-    residual=False,
-    folded=(),
+    residual=True,
+    folded=("Relu", "Clip"),
     ops=(
-        OpRule("Conv", "layer", "the frontend reads Q/DQ as elementwise operators around it"),
-        OpRule("Gemm", "layer", "the frontend reads Q/DQ as elementwise operators around it"),
-        OpRule("MatMul", "layer", "the frontend reads Q/DQ as elementwise operators around it"),
+        OpRule("Conv", "layer", "sums of integers; what follows is computed from them before they leave the registers"),
+        OpRule("Gemm", "layer", "sums of integers, with floats or integers as a result"),
+        OpRule("MatMul", "layer", "sums of integers, with floats or integers as a result"),
+        OpRule("MaxPool", "move", "the maximum of integers of one scale is exact"),
+        OpRule("Concat", "move", "integers of one scale are copied, a quarter of the bytes", pulls=True),
+        OpRule("Reshape", "move", "values do not change"),
+        OpRule("Transpose", "move", "values do not change"),
+        OpRule("Slice", "move", "values do not change"),
+        OpRule("Split", "move", "values do not change"),
     ),
-    floats=_SENSITIVE,
-    note="TVM 0.27 computes what lies between Q/DQ in floating point: the file shrinks, the latency does not",
+    floats=(*_SENSITIVE, ("ConvTranspose", "there is no int8 kernel")),
+    simulated=True,
 )
 
 TABLES: Mapping[str, Rules] = {r.name: r for r in (ORT_CPU, TENSORRT, TVM)}
@@ -365,6 +375,7 @@ def place(
     for tensor in demanded.values():
         owner = fold.owner(tensor)
         whole = rules.through and owner is not None and id(owner) in ids
+        whole = whole and (by_op[owner.op].output or not graph.is_output(tensor))
         slots = [(n, i) for n, i in _slots(tensor) if id(n) in ids or (id(n), i) in residuals]
         points[tensor.name] = Point(tensor, None if whole else slots, group.of(tensor), fold.bounds(tensor))
     floats += _others(graph, rules, fold, ids, {id(n) for n, _ in floats})

@@ -22,6 +22,7 @@ PASSES = {
     "clean": "edgecompile.passes.clean:Clean",
     "fold_norm": "edgecompile.passes.fold_norm:FoldNorm",
     "reparam": "edgecompile.passes.reparam:Reparam",
+    "prune": "edgecompile.passes.prune:Prune",
     "cast": "edgecompile.passes.cast:Cast",
     "shift_add": "edgecompile.passes.shift_add:ShiftAdd",
     "quantize": "edgecompile.passes.quantize:Quantize",

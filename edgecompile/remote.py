@@ -55,8 +55,8 @@ _MARK = b"edgecompile-board/1 "
 # numpy.
 _MODULES = {
     "edgecompile": (
-        *("__init__", "board_runner", "bundle", "conditions", "documents", "errors", "files", "fingerprint"),
-        *("measure", "registry", "target"),
+        *("__init__", "board_runner", "bundle", "conditions", "device", "documents", "errors", "files"),
+        *("fingerprint", "measure", "registry", "target"),
     ),
     "edgecompile.targets": ("__init__",),
 }

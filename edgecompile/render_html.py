@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 import jinja2
 import numpy as np
@@ -18,8 +19,10 @@ from markupsafe import Markup, escape
 
 from edgecompile import render_text as text
 from edgecompile.measure import Ratio
+from edgecompile.pruning import Pruning
 from edgecompile.report import CONFIDENCE, Arm, Latency, Report, accuracy_level, error_added
 from edgecompile.target import LayerTime
+from edgecompile.tradeoff import Point, Tradeoff
 
 MOST = 500  # rewrites, and notes, of one pass
 _OPS = 5  # kinds of operators with a colour of their own
@@ -32,6 +35,8 @@ def page(report: Report) -> str:
     return template.render(
         report=report, most=MOST, tiles=_tiles(report), together=_together, waterfalls=_waterfalls(report),
         distribution=_distribution(report.latency) if report.latency else None, modules=_modules(report),
+        tradeoff=_tradeoff(report.tradeoff) if report.tradeoff else [],
+        pruning_curve=_pruning(report.pruning) if report.pruning else "",
         **text.helpers(),
     )  # fmt: skip
 
@@ -356,7 +361,53 @@ def _histogram(arm: Arm, values: np.ndarray, low: float, high: float, top: float
     return [*shapes, *_row_text(arm.label, marks, top + 30)]
 
 
-# -- picture 3: time per layer ---------------------------------------------------------------------------------------
+# -- picture 3: error against bytes and energy -----------------------------------------------------------------------
+
+
+def _tradeoff(found: Tradeoff) -> list[Markup]:
+    """Signal-to-noise ratio of coded layers against bytes, and against energy, each relative to floating point."""
+    plain, *others = found.points
+    panels = [("bytes", [p.bytes / plain.bytes for p in others])]
+    energies = [p.picojoules for p in others]
+    if plain.picojoules and None not in energies:
+        panels.append(("energy", [e / plain.picojoules for e in energies if e is not None]))
+    return [_curve(name, others, shares) for name, shares in panels]
+
+
+def _pruning(found: Pruning) -> Markup | str:
+    """Signal-to-noise ratio of the outputs against the share of latency or parameters, on the path of the search."""
+    points = [Point(f"{p.cost:.2f}", 0, p.snr, None, p.chosen) for p in found.curve if math.isfinite(p.snr)]
+    shares = [p.cost for p in found.curve if math.isfinite(p.snr)]
+    return _curve(found.goal, points, shares, "the original") if points else ""
+
+
+def _curve(name: str, points: Sequence[Point], shares: Sequence[float], over: str = "that of float32") -> Markup:
+    finite = [p.snr for p in points if math.isfinite(p.snr)] or [0.0]
+    low, high = math.floor(min(finite) / 10) * 10, math.ceil((max(finite) + 1) / 10) * 10
+    width, bottom = 1.25 * max(shares), 190.0
+    placed = [
+        (6 + 90 * share / width, bottom - 170 * (min(p.snr, high) - low) / (high - low), p)
+        for share, p in sorted(zip(shares, points, strict=True), key=lambda one: (one[0], one[1].snr))
+    ]
+    shapes: list[Markup] = []
+    for tick in range(low, high + 1, 10):
+        y = bottom - 170 * (tick - low) / (high - low)
+        shapes += [_line(6, y, 100, y, "grid"), _text(f"{tick} dB", 0, y - 3, "tick")]
+    shapes += [_line(x1, y1, x2, y2, "axis") for (x1, y1, _), (x2, y2, _) in pairwise(placed)]
+    for x, y, point in placed:
+        tip = f"{point.label}: {text.level(point.snr)}"
+        kind, radius = ("engine", "6") if point.chosen else ("total", "4")
+        shapes.append(_tag("circle", _tag("title", tip), cx=_percent(x), cy=f"{y:g}", r=radius, class_=kind))
+        label = text.shorten(text.clean(point.label), 20)
+        shapes.append(_text(label, x, y - 10, "value", "end" if x > 75 else "start" if x < 20 else "middle"))
+    ticks = [(6 + 90 * t / width, f"{t:g}") for t in _ticks(0.0, width)]
+    told = "; ".join(f"{p.label}: {text.level(p.snr)} at {s:.3f}" for p, s in zip(points, shares, strict=True))
+    axis = _axis(ticks, bottom, f"{name}, over {over}", bottom)
+    title = f"Error against {name} (large: what was built)"
+    return _panel(f"tradeoff-{name}", title, told, bottom + 36, [axis, *shapes])
+
+
+# -- picture 4: time per layer ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

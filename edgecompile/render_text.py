@@ -19,6 +19,7 @@ import jinja2
 
 from edgecompile.graph import Provenance
 from edgecompile.measure import P99_SAMPLES, Ratio
+from edgecompile.pruning import Pruning
 from edgecompile.report import CONFIDENCE, Latency, Report, SensitiveLayer, Sensitivity, error_added, status
 
 if TYPE_CHECKING:
@@ -223,6 +224,9 @@ def helpers() -> dict[str, Any]:
         "plural": plural, "ratio": ratio, "seconds": seconds, "sensitive_columns": sensitive_columns,
         "sensitive_row": sensitive_row, "shape": shape, "share": share, "size": size,
         "slowest": slowest, "status": status, "summary": summary, "timed_after": timed_after, "total": total,
+        "pruned": pruned, "pruned_columns": PRUNED, "pruned_rows": pruned_rows,
+        "pruned_curve_columns": PRUNED_CURVE, "pruned_curve": pruned_curve,
+        "tradeoff_columns": TRADEOFF, "tradeoff_rows": tradeoff_rows,
     }  # fmt: skip
 
 
@@ -261,10 +265,10 @@ def label(layer: LayerTime) -> str:
 
 
 def chosen(found: Sensitivity) -> str:
-    """The choice of layers for int8, in a few sentences."""
-    int8 = sum(not row.reverted for row in found.layers)
-    said = f"{int8} of {plural(len(found.layers), 'layer')} are int8: {level(found.snr)} on calibration data"
-    if int8 < len(found.layers):
+    """The choice of layers for int8 or another form, in a few sentences."""
+    kept = sum(not row.reverted for row in found.layers)
+    said = f"{kept} of {plural(len(found.layers), 'layer')} are {found.form}: {level(found.snr)} on calibration data"
+    if kept < len(found.layers):
         said += f", {level(found.whole)} with all of them"
     if found.score is not None and found.base is not None:
         said += f"; score {score(found.score)} of {score(found.base)}"
@@ -280,7 +284,7 @@ def sensitive_columns(found: Sensitivity) -> tuple[str, ...]:
     """The columns of the table of sensitive layers after the layer; a score and times only if there are any."""
     score_, saved = _optional(found)
     return (
-        "bits", "SNR, only it int8", "SNR, if reverted", *(["score, if reverted"] if score_ else []),
+        "bits", f"SNR, only it {found.form}", "SNR, if reverted", *(["score, if reverted"] if score_ else []),
         *(["time saved"] if saved else []), "result",
     )  # fmt: skip
 
@@ -291,7 +295,7 @@ def sensitive_row(row: SensitiveLayer, found: Sensitivity) -> tuple[str, ...]:
     return (
         str(row.bits), level(row.only_int8), level(row.only_float),
         *(["–" if row.score is None else score(row.score)] if score_ else []),
-        *([_saved(row.saved)] if saved else []), "reverted" if row.reverted else "int8",
+        *([_saved(row.saved)] if saved else []), "reverted" if row.reverted else found.form,
     )  # fmt: skip
 
 
@@ -303,6 +307,75 @@ def _saved(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{_MINUS if value < 0 else ''}{seconds(abs(value) / 1e6)}"
+
+
+TRADEOFF = ("form of the layers", "weights", "of float32", "SNR of the layers", "energy", "p50")
+
+
+def tradeoff_rows(report: Report) -> list[tuple[str, ...]]:
+    """The cells of the trade-off under :data:`TRADEOFF`; the time only of what was timed: before the pass and after."""
+    if report.tradeoff is None:
+        return []
+    timed = timed_after(report)
+    last = max((i for i, s in enumerate(report.passes) if s.rewrites and s.spec.startswith("shift_add")), default=-1)
+    after = timed[last] if last >= 0 else None
+    before = next((t for t in reversed(timed[: max(last, 0)]) if t), None)
+    start = before[0] if before else report.latency.plain.p50 if report.latency else None
+    plain = report.tradeoff.points[0]
+    rows = []
+    for point in report.tradeoff.points:
+        time = start if point is plain else after[0] if point.chosen and after else None
+        rows.append(
+            (
+                f"{point.label} (built)" if point.chosen else point.label, size(point.bytes),
+                f"{point.bytes / plain.bytes:.3f}", level(point.snr),
+                "–" if point.picojoules is None else joules(point.picojoules),
+                "not measured" if time is None or after is None else seconds(time),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def pruned(found: Pruning) -> str:
+    """What channel pruning did, in a few sentences."""
+    cut = sum(g.after < g.before for g in found.groups)
+    whole = sum(bool(g.reason) for g in found.groups)
+    said = f"{cut} of {plural(len(found.groups), 'group')} of channels are narrower, {whole} cannot be; "
+    said += f"{share(found.parameters, 1)} of the parameters are left"
+    if found.latency is not None:
+        asked = f", {found.target:g} was asked for" if found.goal == "latency" else ""
+        said += f", and {ratio(found.latency)} of the latency before the cut{asked}"
+    said += f". Outputs: {level(found.snr)}"
+    if found.unrepaired is not None:
+        said += f", {level(found.unrepaired)} before the repair"
+    return f"{said}. Importance by {found.score}."
+
+
+PRUNED = ("before", "after", "importance kept", "time saved")
+
+
+def pruned_rows(found: Pruning) -> list[tuple[str, ...]]:
+    """Name and the cells under :data:`PRUNED` of the groups that were cut, those that save most first."""
+    cut = sorted((g for g in found.groups if g.after < g.before), key=lambda g: (-(g.saved or 0.0), g.kept))
+    return [(g.name, str(g.before), str(g.after), share(g.kept, 1), _saved(g.saved)) for g in cut]
+
+
+PRUNED_CURVE = ("parameters", "importance kept", "SNR before repair")
+
+
+def pruned_curve(found: Pruning) -> list[tuple[str, ...]]:
+    """The share of the goal and the cells under :data:`PRUNED_CURVE`."""
+    return [
+        (f"{p.cost:.2f}{' (built)' if p.chosen else ''}", share(p.parameters, 1), share(p.kept, 1), level(p.snr))
+        for p in found.curve
+    ]
+
+
+def joules(picojoules: float) -> str:
+    """An energy with its unit."""
+    value, unit = next(((picojoules / f, u) for f, u in ((1e9, "mJ"), (1e6, "µJ"), (1e3, "nJ")) if picojoules >= f),
+                       (picojoules, "pJ"))  # fmt: skip
+    return f"{value:.3g} {unit}"
 
 
 def slowest(report: Report) -> list[Any]:
@@ -356,6 +429,11 @@ def print_table(report: Report, console: Console) -> None:
         _print_latency(report.latency, screen)
     if report.sensitivity and report.sensitivity.measured:
         _print_sensitivity(report.sensitivity, screen)
+    if report.tradeoff:
+        screen.table("Error against bytes and energy of coded layers", TRADEOFF, tradeoff_rows(report))
+        screen.say((f"energy: {report.tradeoff.source}", ""))
+    if report.pruning:
+        _print_pruning(report.pruning, screen)
     if report.layers:
         _print_layers(report, screen)
 
@@ -450,7 +528,17 @@ def _print_latency(latency: Latency, screen: Screen) -> None:
 def _print_sensitivity(found: Sensitivity, screen: Screen) -> None:
     rows = [(row.layer, *sensitive_row(row, found)) for row in found.layers[:ROWS]]
     more = f"; {len(rows)} of {len(found.layers)} rows" if len(rows) < len(found.layers) else ""
-    screen.table(f"Layers most sensitive to int8 ({chosen(found)}{more})", ("layer", *sensitive_columns(found)), rows)
+    title = f"Layers most sensitive to {found.form} ({chosen(found)}{more})"
+    screen.table(title, ("layer", *sensitive_columns(found)), rows)
+
+
+def _print_pruning(found: Pruning, screen: Screen) -> None:
+    rows = pruned_rows(found)
+    more = f"; {ROWS} of {len(rows)} rows" if len(rows) > ROWS else ""
+    screen.table(f"Channels pruned ({pruned(found)}{more})", ("group", *PRUNED), rows[:ROWS])
+    if found.curve:
+        screen.table(f"Error against {found.goal}, on the path of the search", (found.goal, *PRUNED_CURVE),
+                     pruned_curve(found))  # fmt: skip
 
 
 def _print_layers(report: Report, screen: Screen) -> None:

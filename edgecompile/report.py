@@ -26,8 +26,10 @@ from edgecompile.graph import Dim
 from edgecompile.measure import Ratio, Samples, ratio
 from edgecompile.oracle import OutputError
 from edgecompile.pipeline import Step, Trace
+from edgecompile.pruning import Pruning
 from edgecompile.stats import Stats, type_name
 from edgecompile.target import EngineManifest, LayerTime
+from edgecompile.tradeoff import Tradeoff
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -232,7 +234,7 @@ class SensitiveLayer:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The choice of layers for int8, on calibration data.
+    """The choice of layers for int8 or another form, on calibration data.
 
     Attributes:
         whole: signal-to-noise ratio of the outputs in dB with all layers in int8.
@@ -241,6 +243,7 @@ class Sensitivity:
         holds: the budget was kept.
         finished: False if the time ran out before all layers were measured.
         layers: the most sensitive first.
+        form: what the layers become; where int8 is said, it is meant.
     """
 
     whole: float
@@ -250,6 +253,7 @@ class Sensitivity:
     holds: bool
     finished: bool
     layers: tuple[SensitiveLayer, ...]
+    form: str = "int8"
 
     @property
     def measured(self) -> bool:
@@ -265,7 +269,7 @@ class Sensitivity:
             )
             for r in found.table
         )  # fmt: skip
-        return cls(found.whole, found.snr, found.score, found.base, found.holds, found.finished, rows)
+        return cls(found.whole, found.snr, found.score, found.base, found.holds, found.finished, rows, found.form)
 
 
 @dataclass(frozen=True)
@@ -308,6 +312,8 @@ class Report:
         accuracy: what the user's ``evaluate(run)`` returned; None without it, or if it was not asked.
         layers: time of each layer of the engine, in execution order.
         sensitivity: what each layer costs in int8; None if no layers were chosen for it.
+        tradeoff: error against bytes and energy of weights in several widths; None if no pass made them.
+        pruning: what channel pruning did; None if it was not run.
         files: of the bundle, as far as they were written when the report was made.
         warnings: what went wrong without stopping the build.
     """
@@ -325,6 +331,8 @@ class Report:
     layers: tuple[LayerTime, ...]
     files: tuple[File, ...]
     sensitivity: Sensitivity | None = None
+    tradeoff: Tradeoff | None = None
+    pruning: Pruning | None = None
     warnings: tuple[str, ...] = ()
 
     @classmethod
@@ -393,6 +401,8 @@ class Report:
             layers=tuple(layers),
             files=tuple(File(p.name, p.stat().st_size, file_digest(p)) for p in files),
             sensitivity=Sensitivity.of(trace.sensitivity, saved) if trace.sensitivity else None,
+            tradeoff=trace.tradeoff,
+            pruning=trace.pruning,
             warnings=tuple(warnings),
         )  # fmt: skip
 
@@ -408,7 +418,8 @@ class Report:
         if self.accuracy is not None:
             lines.append(_accuracy_line(self.accuracy, text))
         if self.sensitivity is not None and not self.sensitivity.holds:
-            lines.append(Line("warn", "The budget of int8 does not hold: the time for reverting layers ran out."))
+            form = self.sensitivity.form
+            lines.append(Line("warn", f"The budget of {form} does not hold: the time for reverting layers ran out."))
         lines += [
             Line("warn", "A pass was rolled back; the engine is built without it:", f"{s.spec}: {s.failure}")
             for s in self.passes

@@ -1,11 +1,12 @@
-"""Which layers may be int8, and how wide their weights may be: decided by running them, not by their names.
+"""Which layers may be int8 or coded, and how wide their weights may be: decided by running them, not by their names.
 
 Quality is judged on the kernels that will run. A graph with Q and DQ computed in floating point is a simulation: on x86
 without VNNI the kernels saturate where the simulation does not, and only running them shows it.
 
 Two figures per layer: the signal-to-noise ratio of the model's outputs when only this layer is int8 (what it costs by
 itself), and when only this layer is not (what reverting it would give). Reverting starts with the layer to blame for
-most noise, and ends as soon as the budget holds.
+most noise, and ends as soon as the budget holds. What becomes of a layer is for :class:`Trials` to say: the same search
+serves every pass that can rewrite any subset of the layers.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +83,7 @@ class Memo:
             self._saved, self._written = time.monotonic(), len(self._figures)
 
 
-def _facts(graph: Graph, rules: Rules, ranges: Mapping[str, Range], feeds: Sequence[Feeds], **more: Any) -> dict:
+def facts(graph: Graph, feeds: Sequence[Feeds], **more: Any) -> dict[str, str]:
     """What figures about a graph depend on."""
     inputs = hashlib.sha256()
     for one in feeds:
@@ -89,14 +91,17 @@ def _facts(graph: Graph, rules: Rules, ranges: Mapping[str, Range], feeds: Seque
             inputs.update(f"{name} {value.dtype} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
     return {
         "graph": graph.digest(),
-        "rules": repr(rules),
-        "ranges": repr([(name, ranges[name]) for name in sorted(ranges)]),
         "feeds": inputs.hexdigest(),
         "version": __version__,
         "runtime": importlib.metadata.version("onnxruntime"),
         "cpu": " ".join(sorted(measure.cpu_features())),
         **{name: str(value) for name, value in more.items()},
     }
+
+
+def _quantisation(rules: Rules, ranges: Mapping[str, Range]) -> dict[str, str]:
+    """The facts of how a graph is quantised."""
+    return {"rules": repr(rules), "ranges": repr([(name, ranges[name]) for name in sorted(ranges)])}
 
 
 # -- the width of weights ----------------------------------------------------------------------------------------------
@@ -160,7 +165,8 @@ def evidence(
     position = {id(n): i for i, n in enumerate(graph.nodes)}
     found: dict[int, Evidence] = {}
     layers, widths = list(placement.layers), list(qdq.WEIGHT_LIMIT)
-    memo = Memo(cache, _facts(graph, rules, ranges, feeds, what="widths")) if cache else Memo(None, {})
+    known = facts(graph, feeds, what="widths", **_quantisation(rules, ranges)) if cache else {}
+    memo = Memo(cache, known)
     with memo:
         for start in range(0, len(layers), _AT_ONCE):
             part = layers[start : start + _AT_ONCE]
@@ -230,7 +236,7 @@ def activations(graph: Graph, names: Sequence[str], feeds: Sequence[Feeds]) -> I
 
 @dataclass(frozen=True)
 class LayerScore:
-    """What one layer costs.
+    """What one layer costs; where int8 is said, whatever the trials make of a layer is meant.
 
     Attributes:
         position: in ``graph.nodes``.
@@ -255,7 +261,7 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class Search:
-    """What :func:`search` found.
+    """What a search found; where int8 is said, whatever the trials make of a layer is meant.
 
     Attributes:
         bits: width of the weights of the layers that stay int8, by position in ``graph.nodes``.
@@ -265,6 +271,7 @@ class Search:
         score, base: of ``evaluate``, with int8 and in floating point; None without it.
         holds: the budget holds.
         finished: False if the time ran out before all layers were measured.
+        form: what the layers become, to a person.
     """
 
     bits: Mapping[int, int]
@@ -275,6 +282,7 @@ class Search:
     base: float | None
     holds: bool
     finished: bool
+    form: str = "int8"
 
     @property
     def measured(self) -> bool:
@@ -300,7 +308,7 @@ def search(
     cache: Path | None = None,
     **options: Any,
 ) -> Search:
-    """Measure the layers and revert the worst until the budget holds.
+    """:func:`revert` for layers that become int8.
 
     Args:
         graph: the graph in floating point; it is not changed.
@@ -309,30 +317,52 @@ def search(
         feeds: model inputs to judge on.
         biases: new biases of layers, by position.
         simulate: run a simulation, since the target's kernels are not here.
-        min_snr: of the worst output, in dB.
-        max_drop: of the score of ``evaluate``.
-        evaluate: score of a graph, higher is better.
-        seconds: time for measuring layers, and again for reverting them.
-        thorough: measure the layers even if the budget holds; else they are only where that takes a few seconds.
-        progress: called with the fraction of the layers measured.
+        min_snr, max_drop, evaluate: the budget, see :class:`Trials`.
+        seconds, thorough, progress: see :func:`revert`.
         cache: folder that keeps what was measured.
         options: of :func:`edgecompile.placement.place`.
     """
-    trials = _Trials(graph, rules, ranges, feeds, biases, simulate, evaluate, cache, options)
+    known: dict[str, str] = {}
+    if cache is not None:
+        corrected = hashlib.sha256()
+        for position, values in sorted((biases or {}).items()):
+            corrected.update(f"{position} ".encode() + np.ascontiguousarray(values).tobytes())
+        more = {"biases": corrected.hexdigest(), "simulate": simulate, "options": sorted(options.items())}
+        known = facts(graph, feeds, what="layers", **_quantisation(rules, ranges), **more)
+    trials = Trials(
+        graph, lambda chosen: qdq.quantized(graph, rules, ranges, chosen, biases, **options), feeds, Memo(cache, known),
+        simulate=simulate, min_snr=min_snr, max_drop=max_drop, evaluate=evaluate,
+    )  # fmt: skip
+    return revert(trials, bits, seconds=seconds, thorough=thorough, progress=progress)
+
+
+def revert(
+    trials: Trials,
+    bits: Mapping[int, int],
+    *,
+    seconds: float = 120.0,
+    thorough: bool = False,
+    progress: Callable[[float], object] = lambda done: None,
+    form: str = "int8",
+) -> Search:
+    """Measure the layers and revert the worst until the budget holds.
+
+    Args:
+        trials: what is judged.
+        bits: width of the weights of each layer, by position in ``graph.nodes``.
+        seconds: time for measuring layers, and again for reverting them.
+        thorough: measure the layers even if the budget holds; else they are only where that takes a few seconds.
+        progress: called with the fraction of the layers measured.
+        form: what the layers become, to a person.
+    """
     with trials.memo:
-        base = evaluate(graph, simulate) if evaluate else None
-
-        def judged(chosen: Mapping[int, int]) -> tuple[float, float | None, bool]:
-            level, score = trials.level(chosen), trials.score(chosen)
-            enough = score is None or base is None or max_drop.holds(score, base)
-            return level, score, level >= min_snr and enough
-
+        base = trials.base
         whole, each = trials.figures(bits)
-        level, score, holds = judged(bits)
-        nodes = list(graph.nodes)
+        level, score, holds = trials.judged(bits)
+        nodes = list(trials.graph.nodes)
         rows = [LayerScore(i, nodes[i].name or nodes[i].outputs[0].name, where(nodes[i]), b) for i, b in bits.items()]
         if holds and not thorough and 2 * each * len(rows) > _CHEAP:
-            return Search(dict(bits), tuple(rows), level, whole, score, base, True, True)
+            return Search(dict(bits), tuple(rows), level, whole, score, base, True, True, form)
         rows, finished = _measured(trials, bits, rows, whole, seconds, progress)
         kept, deadline = dict(bits), time.monotonic() + seconds
         # Reverting the first `low` is not enough, the first `high` may be.
@@ -340,46 +370,74 @@ def search(
         while not holds and low < high and time.monotonic() <= deadline:
             tried = min(low + step, high)
             kept = {i: b for i, b in bits.items() if i not in {row.position for row in rows[:tried]}}
-            level, score, holds = judged(kept)
+            level, score, holds = trials.judged(kept)
             low, high, step = (low, tried, step) if holds else (tried, high, 2 * step)
         while holds and high - low > 1 and time.monotonic() <= deadline:
             tried = (low + high) // 2
             fewer = {i: b for i, b in bits.items() if i not in {row.position for row in rows[:tried]}}
-            found = judged(fewer)
+            found = trials.judged(fewer)
             if found[2]:
                 high, kept, (level, score, _) = tried, fewer, found
             else:
                 low = tried
     table = tuple(replace(row, reverted=row.position not in kept) for row in rows)
-    return Search(kept, table, level, whole, score, base, holds, finished)
+    return Search(kept, table, level, whole, score, base, holds, finished, form)
 
 
-class _Trials:
-    """Graphs in which some layers are int8, and how well they answer."""
+class Trials:
+    """Graphs in which some layers are rewritten, and how well they answer.
 
-    def __init__(self, graph, rules, ranges, feeds, biases, simulate, evaluate, cache, options):
-        self._graph, self._feeds, self._evaluate = graph, feeds, evaluate
-        self._simulate, self._options = simulate, options
-        self._make = lambda chosen: qdq.quantized(graph, rules, ranges, chosen, biases, **options)
+    Args:
+        graph: the graph in floating point; it is not changed.
+        make: the graph in which the layers of these positions are rewritten, with weights of these widths.
+        feeds: model inputs to judge on.
+        memo: of what was measured.
+        simulate: run a simulation, since the target's kernels are not here.
+        min_snr: of the worst output, in dB.
+        max_drop: of the score of ``evaluate``.
+        evaluate: score of a graph, higher is better.
+        reference: the graph that is to be kept to; by default ``graph``.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        make: Callable[[Mapping[int, int]], Graph],
+        feeds: Sequence[Feeds],
+        memo: Memo,
+        *,
+        simulate: bool = False,
+        min_snr: float = -math.inf,
+        max_drop: Drop = ANY_DROP,
+        evaluate: Evaluate | None = None,
+        reference: Graph | None = None,
+    ):
+        self.graph, self.memo, self._original = graph, memo, reference or graph
+        self._make, self._feeds, self._simulate, self._evaluate = make, feeds, simulate, evaluate
+        self._min_snr, self._max_drop = min_snr, max_drop
         self._reference: list[Outputs] = []
-        self.memo = Memo(None, {})
-        if cache is not None:
-            corrected = hashlib.sha256()
-            for position, values in sorted((biases or {}).items()):
-                corrected.update(f"{position} ".encode() + np.ascontiguousarray(values).tobytes())
-            more = {"biases": corrected.hexdigest(), "simulate": simulate, "options": sorted(options.items())}
-            self.memo = Memo(cache, _facts(graph, rules, ranges, feeds, what="layers", **more))
+
+    @cached_property
+    def base(self) -> float | None:
+        """Score of the graph in floating point, None if nothing scores."""
+        return self._evaluate(self._original, self._simulate) if self._evaluate else None
+
+    def judged(self, chosen: Mapping[int, int]) -> tuple[float, float | None, bool]:
+        """Signal-to-noise ratio, score, and whether the budget holds, when these layers are rewritten."""
+        level, score = self.level(chosen), self.score(chosen)
+        enough = score is None or self.base is None or self._max_drop.holds(score, self.base)
+        return level, score, level >= self._min_snr and enough
 
     def _run(self, graph: Graph) -> Run:
         return (qdq.simulation if self._simulate else qdq.kernels)(graph)
 
     def figures(self, chosen: Mapping[int, int]) -> tuple[float, float]:
-        """Signal-to-noise ratio in dB when these layers are int8, and the seconds that it took to find out."""
+        """Signal-to-noise ratio in dB when these layers are rewritten, and the seconds that it took to find out."""
         key = hashlib.sha256(repr(sorted(chosen.items())).encode()).hexdigest()
 
         def measured() -> list[float]:
             if not self._reference:
-                self._reference = list(map(self._run(self._graph), self._feeds))
+                self._reference = list(map(self._run(self._original), self._feeds))
             start = time.monotonic()
             level = qdq.snr(self._reference, map(self._run(self._make(chosen)), self._feeds))
             return [level, time.monotonic() - start]
@@ -388,16 +446,16 @@ class _Trials:
         return level, seconds
 
     def level(self, chosen: Mapping[int, int]) -> float:
-        """Signal-to-noise ratio in dB when these layers are int8."""
+        """Signal-to-noise ratio in dB when these layers are rewritten."""
         return self.figures(chosen)[0]
 
     def score(self, chosen: Mapping[int, int]) -> float | None:
-        """Score when these layers are int8, None if nothing scores."""
+        """Score when these layers are rewritten, None if nothing scores."""
         return self._evaluate(self._make(chosen), self._simulate) if self._evaluate else None
 
 
 def _measured(
-    trials: _Trials,
+    trials: Trials,
     bits: Mapping[int, int],
     rows: Sequence[LayerScore],
     whole: float,

@@ -26,10 +26,11 @@ class Stats:
 
     Attributes:
         nodes: nodes of the main graph.
-        parameters: elements of floating-point constants with more than one element. That is an upper bound of what was
-            trained: a graph does not say. A learned position embedding and a grid of anchor points are both a constant
-            image that is added, a layer of one output and the bins of a distribution are both a column that is
-            multiplied; and a bias table per pair of tokens is written out larger than the model stores it.
+        parameters: elements of floating-point constants, and of integer ones that are dequantized, with more than one
+            element; without scales and zero points. That is an upper bound of what was trained: a graph does not say.
+            A learned position embedding and a grid of anchor points are both a constant image that is added, a layer of
+            one output and the bins of a distribution are both a column that is multiplied; and a bias table per pair of
+            tokens is written out larger than the model stores it.
         macs: multiply-accumulates for one run, or None if some shape is unknown.
         bytes: size of all constants.
     """
@@ -125,7 +126,12 @@ def type_name(dtype: int) -> str:
 
 
 def _is_parameter(tensor: gs.Constant) -> bool:
-    return np.dtype(tensor.dtype).kind in "fV" and math.prod(tensor.shape) > 1
+    readers = list(tensor.outputs)
+    pairs = [n for n in readers if n.op in ("QuantizeLinear", "DequantizeLinear")]
+    if pairs and len(pairs) == len(readers) and all(n.inputs[0] is not tensor for n in pairs):
+        return False  # a scale or a zero point
+    stored = any(n.op == "DequantizeLinear" and n.inputs[0] is tensor for n in pairs)
+    return (stored or np.dtype(tensor.dtype).kind in "fV") and math.prod(tensor.shape) > 1
 
 
 def _known(shape) -> bool:

@@ -140,6 +140,13 @@ class Target(ABC):
             InputError: an option is unknown, or the runtime rejects the graph (named by module path).
         """
 
+    def check(self, options: Mapping[str, Any]) -> None:  # noqa: B027 - not every target can tell so early
+        """Refuse options that no graph could be built with, before any work is done.
+
+        Raises:
+            InputError: an option is unknown or cannot be used.
+        """
+
     def missing(self) -> EnvironmentMissing | None:
         """What keeps this machine from building, for a target that can prepare a build; None for the others."""
         return None

@@ -96,7 +96,6 @@ class Cast(Pass):
         dtype: ``float16`` or ``bfloat16``.
         min_snr: least signal-to-noise ratio of each output in dB, against the graph before the pass.
         keep: operator types and node names that stay in float32, separated by commas.
-        io: element type of the model's floating-point inputs and outputs: ``float32``, or the same as ``dtype``.
         max_drop: most that the score of ``evaluate`` may fall: ``0.5%`` of it, or ``0.005`` in its unit.
     """
 
@@ -105,14 +104,11 @@ class Cast(Pass):
     dtype: str = "float16"
     min_snr: float = 50.0
     keep: str = ""
-    io: str = "float32"
     max_drop: Drop = ANY_DROP
 
     def __post_init__(self) -> None:
         if self.dtype not in _KINDS:
             raise ValueError(f"dtype is {self.dtype!r}; it may be {' or '.join(_KINDS)}")
-        if self.io not in ("float32", self.dtype):
-            raise ValueError(f"io is {self.io!r}; it may be float32 or {self.dtype}")
         if math.isnan(self.min_snr):
             raise ValueError("min_snr is not a number")
 
@@ -120,8 +116,8 @@ class Cast(Pass):
         """Rewrite ``graph`` in place.
 
         Raises:
-            InputError: the graph does not run on the inputs at hand, so that nothing can be measured, narrow inputs and
-                outputs alone miss the budget, or there is no score to keep.
+            InputError: the graph does not run on the inputs at hand, so that nothing can be measured, or there is no
+                score to keep.
         """
         if self.max_drop.limited and context.evaluate is None:
             raise InputError(
@@ -134,7 +130,7 @@ class Cast(Pass):
         if any(n.op != "Cast" and any(_code(t) == kind.code for t in n.outputs) for n in typed.nodes):
             context.note(f"the graph already computes in {kind.name}: left as it is")
             return context.result()
-        model = _Model(typed, kind, self.io)
+        model = _Model(typed, kind)
         feeds = _feeds(graph, context)
         _limits(model, context)
         facts = _measure(model, feeds)
@@ -142,12 +138,6 @@ class Cast(Pass):
         narrow = model.candidates - reasons.keys()
         alone = _islands(model, facts, narrow)
         search = _Search(model, facts, feeds, self.min_snr)
-        if self.io != "float32" and (ends := search.noise((), search.everything)) > search.budget:
-            raise InputError(
-                f"{self.io} inputs and outputs cannot hold {self.min_snr:g} dB",
-                f"they alone leave {_decibel(1.0, ends):.1f} dB",
-                "use io=float32 or a lower min_snr",
-            )
         chosen, reverted = search.run(narrow - alone)
         reasons |= dict.fromkeys(alone, "its Casts would cost more than it saves")
         reasons |= reverted
@@ -157,10 +147,8 @@ class Cast(Pass):
             reasons |= lossy
         for index in sorted(reasons.keys() & model.candidates):
             context.note(f"kept in float32: {reasons[index]}", graph.nodes[index])
-        ports = self.io != "float32" and any(_code(t) == TensorProto.FLOAT for t in [*graph.inputs, *graph.outputs])
-        ports = ports and context.rewrite(f"inputs and outputs to {self.io}", "the graph")
         chosen = {i for i in sorted(chosen) if context.rewrite(f"{graph.nodes[i].op} to {kind.name}", graph.nodes[i])}
-        if chosen or ports:
+        if chosen:
             graph.infer_shapes()
             model.apply(graph, chosen)
         return context.result()
@@ -274,8 +262,8 @@ class _Model:
         indifferent: numbers of the nodes that read a tensor of either type with the same result (Shape, ArgMax, ...).
     """
 
-    def __init__(self, graph: Graph, kind: _Kind, io: str):
-        self.graph, self.kind, self.io = graph, kind, io
+    def __init__(self, graph: Graph, kind: _Kind):
+        self.graph, self.kind = graph, kind
         opset = graph.opsets.get("", 1)
         self.slots = [_slots(node, opset, kind) for node in graph.nodes]
         self.candidates = {i for i, s in enumerate(self.slots) if s.outputs}
@@ -308,10 +296,6 @@ class _Writer:
         self.kept: list[Tensor] = []  # so that no id is used twice
 
     def write(self) -> None:
-        if self.model.io != "float32":
-            for tensor in self.graph.inputs:
-                if _code(tensor) == TensorProto.FLOAT:
-                    self._become_narrow(tensor)
         for index in sorted(self.narrow):
             node = self.nodes[index]
             self._retype_attributes(node)
@@ -341,25 +325,20 @@ class _Writer:
             node.attrs["value"] = gs.Constant(self.graph.fresh_name("value"), self.kind.round(filled))
 
     def _outputs(self) -> None:
-        """Let the caller see the type that was asked for."""
-        io_narrow = self.model.io != "float32"
+        """Let the caller see float32: what a model takes and returns stays as it was."""
         for tensor in self.graph.outputs:
-            home = id(tensor) in self.at_home
-            if not tensor.inputs or home == io_narrow or not (home or _code(tensor) == TensorProto.FLOAT):
+            if not tensor.inputs or id(tensor) not in self.at_home:
                 continue
             node = tensor.inputs[0]
-            inner = self.graph.new_variable(f"{tensor.name}_{self.kind.name if home else 'float32'}", tensor)
+            inner = self.graph.new_variable(f"{tensor.name}_{self.kind.name}", tensor)
             redirect(tensor, inner)
             self._return_instead(tensor, inner)
             node.outputs[next(i for i, t in enumerate(node.outputs) if t is tensor)] = inner
-            if home:
-                self.at_home.discard(id(tensor))
-                self.at_home.add(id(inner))
-                tensor.dtype = np.dtype(np.float32)
-            else:
-                self._become_narrow(tensor)
-            self.graph.insert("Cast", [inner], [tensor], {"to": _code(tensor)}, replaces=[node])
-            self.twins[id(inner), not home] = tensor
+            self.at_home.discard(id(tensor))
+            self.at_home.add(id(inner))
+            tensor.dtype = np.dtype(np.float32)
+            self.graph.insert("Cast", [inner], [tensor], {"to": TensorProto.FLOAT}, replaces=[node])
+            self.twins[id(inner), False] = tensor
 
     def _return_instead(self, old: Tensor, new: Tensor) -> None:
         """Let subgraphs that return an outer tensor return another."""
@@ -700,12 +679,12 @@ def _islands(model: _Model, facts: Mapping[str, _Fact], narrow: set[int]) -> set
             return 0
         producer = graph.producer(tensor)
         if producer is None:
-            home = model.io != "float32"
+            home = False
         else:
             index = number.get(id(producer), -1)
             made = any(producer.outputs[o] is tensor for o in model.slots[index].outputs)
             home = index in left and index not in without and made
-        other = (id(tensor) in outputs and home != (model.io != "float32")) or (home and id(tensor) in bodies)
+        other = (id(tensor) in outputs and home) or (home and id(tensor) in bodies)
         for reader in tensor.outputs:
             index = number.get(id(reader), -1)
             if index in model.indifferent:

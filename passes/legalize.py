@@ -8,6 +8,9 @@ The rules are a table per target, each with the reason it is there. Every rule i
 - *Definitions.* An operator that ONNX defines by a function of other operators becomes that function (ONNX IR
   specification, section "Functions"; the bodies come from the installed onnx package). The shape arithmetic that such a
   body brings along is left to the pass ``clean``, which should run next.
+- *Local functions.* An operator that the model itself defines, and the target has no kernel for, becomes its body. What
+  of it depends on constants only is computed then, where the result is in proportion to what it is computed from: so
+  weights that were stored as codes (:mod:`edgecompile.passes.shift_add`) become floats.
 - *Runtime operators.* The fused operators of ``com.microsoft`` (ONNX Runtime, docs/ContribOperators.md) become what
   they were fused from.
 - *Shuffles.* A chain of Reshape and Transpose sends each element to one place. Factor the extents until every Reshape
@@ -36,11 +39,23 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from edgecompile.graph import Graph, Tensor, disconnect
+from edgecompile.evaluate import Unfoldable
+from edgecompile.graph import Graph, Tensor, disconnect, redirect
 from edgecompile.pipeline import Context, Pass, PassResult
+from edgecompile.propagate import SMALL, Propagation
 
 _CONTRIB = "com.microsoft"
 _ONNX = ("", "ai.onnx", None)
+# Operators of local functions that a target has kernels for.
+_KERNELS: Mapping[str, frozenset[tuple[str, str]]] = {
+    "tvm": frozenset(
+        ("ai.edgecompile", op)
+        for op in ("ShiftLinear", "ShiftConv", "BinaryCodedLinear", "BinaryCodedConv", "BinaryAngularAttention")
+    ),
+    "trt": frozenset(),
+}
+_DECODED = 64  # bytes that computing a constant of a local function may take for each byte it is computed from
+_OPERATIONS = 64  # scalar operations for each of those
 _PLUGINS = {"trt": ("TRT", "trt.plugins")}  # domains whose operators a target looks up by itself
 
 
@@ -86,6 +101,10 @@ class Legalize(Pass):
         for rule in RULES[self.target]:
             for op in rule.ops:
                 table.setdefault((rule.domain, op), []).append(rule)
+        for function in graph.function_protos:
+            key = (function.domain, function.name)
+            if key not in _KERNELS[self.target] and function.domain not in _PLUGINS.get(self.target, ()):
+                table.setdefault(key, []).append(_LOCAL)
         changed = True
         while changed:  # a rewrite makes room for others, which see its tensors once shapes are inferred
             changed = False
@@ -100,6 +119,8 @@ class Legalize(Pass):
             if changed:
                 graph.tidy()
                 graph.infer_shapes()
+        if not any((_domain(n), n.op) in {(f.domain, f.name) for f in graph.function_protos} for n in graph.walk()):
+            graph.function_protos = []
         known = {"", *_PLUGINS.get(self.target, ()), *(f.domain for f in graph.function_protos)}
         for node in graph.walk():
             if _domain(node) not in known:
@@ -309,8 +330,40 @@ def _bind(inner: onnx.NodeProto, values: Mapping[str, onnx.AttributeProto]) -> N
     inner.attribute.extend(bound)
 
 
-def _inline(graph: Graph, node: gs.Node, body: onnx.FunctionProto) -> None:
-    """Put the nodes of ``body`` in the place of ``node``."""
+def _local(graph: Graph, node: gs.Node) -> Callable[[], object] | None:
+    """The body of an operator that the model defines, for the node's attributes, its constants computed."""
+    found = next((f for f in graph.function_protos if (f.domain, f.name) == (_domain(node), node.op)), None)
+    if found is None or any(graph.opsets.get(o.domain, o.version) != o.version for o in found.opset_import):
+        return None
+    body = onnx.FunctionProto()
+    body.CopyFrom(found)
+    given = onnx.helper.make_node(node.op, [], [], **_plain(node.attrs)).attribute
+    for inner in body.node:
+        _bind(inner, {a.name: a for a in (*found.attribute_proto, *given)})
+    return lambda: _fold(graph, _inline(graph, node, body))
+
+
+def _fold(graph: Graph, nodes: Sequence[gs.Node]) -> None:
+    """Compute what of some nodes, in order, depends on constants only."""
+    basis = sum(t.values.nbytes for n in nodes for t in n.inputs if isinstance(t, gs.Constant))
+    limit = _DECODED * basis + SMALL
+    facts = Propagation(graph, limit, _OPERATIONS * limit, lambda *_: None)
+    constant = {id(node) for node in nodes if facts.visit(node).constant}
+    for node in nodes:
+        if id(node) in constant:
+            continue
+        for tensor in list(node.inputs):
+            before = graph.producer(tensor)
+            if before is None or id(before) not in constant:
+                continue
+            try:
+                redirect(tensor, graph.new_constant(tensor.name, facts.value(tensor)))
+            except Unfoldable:
+                continue  # the nodes stay, and so does what they mean
+
+
+def _inline(graph: Graph, node: gs.Node, body: onnx.FunctionProto) -> list[gs.Node]:
+    """Put the nodes of ``body`` in the place of ``node``; returns them."""
     formal = [onnx.ValueInfoProto(name=n) for n in body.input]
     outputs = [onnx.ValueInfoProto(name=n) for n in body.output]
     proto = onnx.helper.make_graph(list(body.node), node.op, formal, outputs)
@@ -321,13 +374,15 @@ def _inline(graph: Graph, node: gs.Node, body: onnx.FunctionProto) -> None:
     results = list(node.outputs)
     disconnect([node])
     known |= {name: result for name, result in zip(body.output, results, strict=False) if result.name}
+    placed = []
     for inner in parsed.nodes:
         for tensor in inner.outputs:
             if tensor.name and tensor.name not in known:
                 known[tensor.name] = graph.new_variable(f"{node.name}_{tensor.name}")
         inputs = [known[t.name] if t.name else empty for t in inner.inputs]
         made = [known[t.name] if t.name else gs.Variable.empty() for t in inner.outputs]
-        graph.insert(inner.op, inputs, made, inner.attrs, replaces=[node])
+        placed.append(graph.insert(inner.op, inputs, made, inner.attrs, replaces=[node], domain=inner.domain))
+    return placed
 
 
 # -- fused operators of ONNX Runtime -----------------------------------------------------------------------------------
@@ -877,6 +932,12 @@ _UNFUSED = (
         "no operator of com.microsoft stays; Relax takes this one only with both beta and bias",
         _skip_layer_norm,
     ),
+)  # fmt: skip
+
+_LOCAL = Rule(
+    (), "", "replace a local function by its body",
+    "the target has no kernel for it, and inlines nothing or leaves the decoding of weights to run time",
+    _local,
 )  # fmt: skip
 
 RULES: Mapping[str, tuple[Rule, ...]] = {

@@ -18,7 +18,7 @@ import functools
 import heapq
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -244,16 +244,19 @@ def _write_ort_format(ort, folder: Path, chosen: Options) -> None:
 # -- which source nodes an optimised node stands for ------------------------------------------------------------------
 
 _BLOCKED = re.compile(r"(.*)_nchwc(?:_token_\d+)?")
+_NUMBERED = re.compile(r"(.*)_token_\d+")
+_ADDED = ("Transpose", "QuantizeLinear", "DequantizeLinear")  # operators that ONNX Runtime adds, numbered likewise
 
 
 def attribute(optimised: Graph, source: Graph) -> None:
     """Give every top-level node of ``optimised`` the provenance of the nodes of ``source`` whose work it does.
 
     ONNX Runtime fuses, renames and adds nodes without recording from what. A fusion keeps the name of the last tensor
-    it computes, a node that moved keeps its own name, a blocked convolution is called ``<tensor>_nchwc`` and some
-    fusions ``<node>/<Fusion>``: these name the source tensors a node owns. It stands for what lies in ``source``
-    between them and the tensors that other nodes own. A node that owns nothing (a change of layout, a cast) serves its
-    neighbour.
+    it computes, a node that moved keeps its own name, a blocked convolution is called ``<tensor>_nchwc``, one on
+    integers ``<node>_token_<number>`` where its layout changed, and some fusions ``<node>/<Fusion>``: these name the
+    source tensors a node owns. It stands for what lies in ``source`` between them and the tensors that other nodes own;
+    one that writes integers also for the activation and the QuantizeLinear after it. A node that owns nothing (a change
+    of layout, a cast) serves its neighbour.
 
     Args:
         optimised: what ONNX Runtime made of ``source``; changed in place, nodes in topological order.
@@ -261,6 +264,7 @@ def attribute(optimised: Graph, source: Graph) -> None:
     """
     producers = {t.name: node for node in source.nodes for t in node.outputs if t.name}
     named = {node.name: node for node in source.nodes}
+    left = {name for node in optimised.nodes for name in (node.name, *(t.name for t in node.outputs))}
     owner: dict[str, gs.Node] = {}
     follows: dict[int, gs.Node] = {}  # layout change -> the node whose result it passes on
     for node in optimised.nodes:
@@ -269,6 +273,8 @@ def attribute(optimised: Graph, source: Graph) -> None:
         owner.update(dict.fromkeys(fresh, node))
         if fresh and node.domain == NCHWC:
             owner.update(dict.fromkeys(_fused_after(node, fresh[0], producers, owner), node))
+        elif fresh:
+            owner.update(dict.fromkeys(_quantized_after(producers[fresh[0]], left), node))
         if tensors and not fresh:
             follows[id(node)] = owner[tensors[0]]
     position = {id(node): i for i, node in enumerate(source.nodes)}
@@ -281,11 +287,18 @@ def attribute(optimised: Graph, source: Graph) -> None:
     for node in optimised.nodes:
         region = sorted(regions.get(id(node), ()), key=lambda n: position[id(n)])
         region = [n for n in region if id(n) in varying] or region
-        node.provenance = Provenance.union(map(provenance, region))  # type: ignore[attr-defined]
+        node.provenance = _origin(region)  # type: ignore[attr-defined]
     for node in reversed(optimised.nodes):
         _inherit(node, [follows[id(node)]] if id(node) in follows else [n for t in node.outputs for n in t.outputs])
     for node in optimised.nodes:
         _inherit(node, [n for t in node.inputs for n in t.inputs])
+
+
+def _origin(region: Sequence[gs.Node]) -> Provenance:
+    """What a kernel stands for: all the nodes, and the modules of those that do more than change the type."""
+    whole = Provenance.union(map(provenance, region))
+    work = [n for n in region if n.op not in ("QuantizeLinear", "DequantizeLinear")]
+    return replace(whole, modules=Provenance.union(map(provenance, work)).modules) if work else whole
 
 
 def _inherit(node: gs.Node, neighbours: Iterable[gs.Node]) -> None:
@@ -300,6 +313,9 @@ def _named_tensors(node: gs.Node, producers: Mapping[str, gs.Node], named: Mappi
     if blocked and blocked[1] in producers:
         return [blocked[1]]
     name = node.name
+    numbered = _NUMBERED.fullmatch(name)
+    if numbered and name not in named and node.op not in _ADDED:
+        name = numbered[1]
     while name and name not in named:
         name = name.rpartition("/")[0]
     return [t.name for t in named[name].outputs if t.name] if name else []
@@ -317,6 +333,24 @@ def _fused_after(
         if len(readers) == 1 and readers[0].op == op and readers[0].outputs[0].name not in owner:
             tensor = readers[0].outputs[0]
             yield tensor.name
+
+
+def _quantized_after(node: gs.Node, left: Set[str]) -> list[str]:
+    """Tensors between a node and the QuantizeLinear that joined it in one kernel; none if that is still there.
+
+    Args:
+        node: of the source.
+        left: names of the nodes and tensors that ONNX Runtime left.
+    """
+    found: list[str] = []
+    while len(node.outputs) == 1 and len(readers := node.outputs[0].outputs) == 1:
+        node = readers[0]
+        if node.op not in ("Relu", "Clip", "QuantizeLinear") or left & {node.name, node.outputs[0].name}:
+            break
+        found.append(node.outputs[0].name)
+        if node.op == "QuantizeLinear":
+            return found
+    return []
 
 
 def _between(last: gs.Node, owner: Mapping[str, gs.Node], producers: Mapping[str, gs.Node]) -> Iterator[gs.Node]:

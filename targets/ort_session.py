@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 
+from edgecompile import device as cuda
 from edgecompile import measure
 from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError, did_you_mean, missing_extra
 from edgecompile.target import Capability, EngineManifest, read_flag, read_size, read_threads
@@ -511,8 +512,6 @@ PROVIDER_OPTIONS: Mapping[str, Mapping[str, tuple[_Reader, str]]] = {
         "trt_timing_cache_enable": (_flag, "keep the times of tactics"),
         "trt_timing_cache_path": (_path, "folder of the timing cache"),
         "trt_force_timing_cache": (_flag, "also use one of another GPU of the same architecture"),
-        "trt_dla_enable": (_flag, "run on a DLA core what it can"),
-        "trt_dla_core": (_whole(0, 15), "number of the DLA core"),
         "trt_cuda_graph_enable": (_flag, "capture CUDA graphs; false unless given"),
         "trt_sparsity_enable": (_flag, "use weights that are zero in a 2:4 pattern"),
         "trt_auxiliary_streams": (_whole(0, 16), "streams beside the main one"),
@@ -520,8 +519,29 @@ PROVIDER_OPTIONS: Mapping[str, Mapping[str, tuple[_Reader, str]]] = {
     },
 }
 _CAPTURE = {"cuda": "enable_cuda_graph", "tensorrt": "trt_cuda_graph_enable"}
-_PRECISION = ("trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable", "trt_layer_norm_fp32_fallback")
-_OURS = ("user_compute_stream", "has_user_compute_stream")
+# The TensorRT provider makes a strongly typed network, in which Casts and Q/DQ say all, exactly if no flag asks for a
+# precision; and it takes a DLA core only if one does (`network_flags` and `dla_enable_` in ONNX Runtime's
+# tensorrt_execution_provider.cc; pull request 18707). Option -> why it is not passed on, and what to do instead.
+_REFUSED = {
+    **dict.fromkeys(
+        ("trt_fp16_enable", "trt_bf16_enable", "trt_int8_enable", "trt_layer_norm_fp32_fallback"),
+        (
+            "precision belongs to the graph, and the flag would let TensorRT round what the graph keeps in float32",
+            "give --precision; --target trt builds strongly typed engines",
+        ),
+    ),
+    **dict.fromkeys(
+        ("trt_dla_enable", "trt_dla_core"),
+        (
+            "this provider takes a DLA core only with a flag that lets TensorRT choose the precision",
+            "use --target trt --option dla=0",
+        ),
+    ),
+    **dict.fromkeys(
+        ("user_compute_stream", "has_user_compute_stream"),
+        ("edgecompile computes on a stream of its own", "leave it out"),
+    ),
+}
 
 
 def _provider_option(provider: str, key: str, value: Any) -> str:
@@ -531,14 +551,8 @@ def _provider_option(provider: str, key: str, value: Any) -> str:
         InputError: the provider has no such option or value, or edgecompile sets it itself.
     """
     name = f"{provider}.{key}"
-    if key in _PRECISION:
-        raise InputError(
-            f"{name} is not set",
-            "precision belongs to the graph, and the flag would let TensorRT round what the graph keeps in float32",
-            "give --precision; --target trt builds strongly typed engines",
-        )
-    if key in _OURS:
-        raise InputError(f"{name} is not set", "edgecompile computes on a stream of its own", "leave it out")
+    if key in _REFUSED:
+        raise InputError(f"{name} is not set", *_REFUSED[key])
     if provider not in PROVIDER_OPTIONS:
         return str(value)
     known = PROVIDER_OPTIONS[provider]
@@ -570,10 +584,8 @@ def _device(chosen: Options) -> Any:
     """What owns a stream and records events on it; None where nothing can, or the engine is not on the first GPU."""
     if not chosen.on_gpu or chosen.device_id:
         return None
-    with contextlib.suppress(EdgecompileError, ModuleNotFoundError):  # a board may have this file alone
-        from edgecompile.targets.trt.device import open_device
-
-        return open_device()
+    with contextlib.suppress(EdgecompileError):
+        return cuda.open_device()
     return None
 
 

@@ -75,3 +75,19 @@ def test_external_data(tmp_path):
         np.testing.assert_array_equal(
             oracle.run(source.graph, feed)["logits"], oracle.run(whole, feed)["logits"], strict=True
         )
+
+
+def test_shift_add_finetune(tmp_path):
+    pytest.importorskip("torch")
+    spec = importlib.util.spec_from_file_location("shift_add_finetune", EXAMPLES / "shift_add_finetune.py")
+    assert spec is not None and spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    found = example.main(tmp_path)
+    assert 0.8 < found["float"] < 0.99
+    assert found["rewritten"] < found["float"] - 0.01, "nothing to win back"
+    assert found["tuned"] > found["rewritten"] and found["tuned"] > found["float"] - 0.02
+    graph = Graph.load(tmp_path / "tuned.onnx")
+    ops = [n.op for n in graph.nodes if n.domain == "ai.edgecompile"]
+    assert ops.count("ShiftLinear") == 5 and ops.count("BinaryAngularAttention") == 1
+    assert not any(n.op == "Softmax" for n in graph.nodes)

@@ -163,6 +163,22 @@ def test_the_faster_engine_is_the_result_unless_forced(folder, monkeypatch, forc
     bundle.Bundle.open(folder / "out").engine().close()
 
 
+@pytest.mark.parametrize(
+    ("passes", "why"),
+    [("clean,quantize{min_snr=90,seconds=20}", "keep the budget"), ("clean,quantize{skip=*}", "no layer of the model")],
+)
+def test_int8_without_a_layer_in_int8_says_that_it_is_fp32(folder, passes, why):
+    done = run(
+        "build", "data.py", "--precision", "int8", "--passes", passes, "--no-bench", "-o", "out", "--json", cwd=folder
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert why in report["warnings"][0] and report["warnings"][0].endswith("this is fp32")
+    assert report["provenance"]["precision"] == "fp32" and "this is fp32" in str(report["verdict"][0])
+    assert bundle.Bundle.open(folder / "out").manifest["precision"] == "fp32"
+    assert "QuantizeLinear" not in ops(folder / "out")
+
+
 def test_fp16_keeps_its_budget(folder):
     source = frontend.load(str(folder / "plain.py"), folder=folder / "scratch")
     made = driver.build(source, folder / "out", driver.Options(precision="fp16", bench=False, min_snr=45.0))

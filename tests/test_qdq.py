@@ -303,9 +303,42 @@ def test_tensorrt_quantises_the_other_input_of_a_residual_add():
     made = qdq.quantized(graph, TENSORRT, ranges_of(graph, TENSORRT))
     add = next(n for n in made.nodes if n.op == "Add")
     assert [t.inputs[0].op for t in add.inputs] == ["Conv", "DequantizeLinear"]
-    rules = replace(TENSORRT, residual=False)
+    rules = replace(TENSORRT, residual=False, through=False)
     unruly = qdq.quantized(graph, rules, ranges_of(graph, rules))
     assert [t.inputs[0].op for t in next(n for n in unruly.nodes if n.op == "Add").inputs] == ["Conv", "Conv"]
+
+
+SPLIT = "(float[1,4,8,8] x) => (float[1,2,8,8] y) { s = Conv (x, w) q, k = Split <axis=1> (s) z = Sigmoid (q) m = Mul (z, k) a = Conv (s, v) h = Softmax <axis=1> (a) j, l = Split <axis=1> (h) y = Add (m, j) }"  # noqa: E501
+
+
+def split() -> Graph:
+    return graph_of(SPLIT, w=normal(4, 4, 1, 1), v=normal(4, 4, 1, 1, seed=1))
+
+
+def float_islands(graph: Graph) -> list[str]:
+    """What TensorRT would quantise with a kernel of its own."""
+    from edgecompile.targets.trt import strong_typing
+
+    return [p.why for p in strong_typing.check(graph, "10.3") if "floating point" in p.why]
+
+
+@pytest.mark.parametrize("make", [residual, split])
+def test_tensorrt_writes_integers_alone_where_a_float_operator_reads_them_too(make):
+    graph = make()
+    made = qdq.quantized(graph, TENSORRT, ranges_of(graph, TENSORRT))
+    conv = next(n for n in made.nodes if n.op == "Conv")
+    assert [n.op for n in conv.outputs[0].outputs] == ["QuantizeLinear"] and not float_islands(made)
+    rules = replace(TENSORRT, through=False, residual=False)
+    unruly = qdq.quantized(graph, rules, ranges_of(graph, rules))
+    assert float_islands(unruly)
+
+
+def test_tensorrt_does_not_round_what_the_caller_reads():
+    text = "(float[1,4,8,8] x) => (float[1,4,8,8] y, float[1,4,8,8] s) { s = Conv (x, w) y = Conv (s, v) }"
+    graph = graph_of(text, w=normal(4, 4, 1, 1), v=normal(4, 4, 1, 1, seed=1))
+    made = qdq.quantized(graph, TENSORRT, ranges_of(graph, TENSORRT))
+    assert {n.inputs[0].name for n in made.nodes if n.op == "QuantizeLinear"} >= {"x", "s"}
+    assert [made.producer(t).op for t in made.outputs] == ["Conv", "Conv"]
 
 
 def test_of_two_convolutions_the_add_fuses_with_the_later():

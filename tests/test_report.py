@@ -48,6 +48,7 @@ from edgecompile.report import (
 )
 from edgecompile.stats import Stats
 from edgecompile.target import EngineManifest, LayerTime
+from edgecompile.tradeoff import Point, Tradeoff
 
 # -- reports to render -----------------------------------------------------------------------------------------------
 
@@ -169,6 +170,14 @@ def full(**changes) -> Report:
                 SensitiveLayer("head.l (Gemm)", 8, math.inf, None, None, -0.75, False),
             ),
         ),
+        tradeoff=Tradeoff(
+            (
+                Point("float32", 5_242_880, math.inf, 1.1e9),
+                Point("binary, 2 bits", 376_832, 8.25, 5.1e7),
+                Point("binary, 3 bits", 557_056, 13.5, 7.7e7),
+                Point("binary, 4 bits", 737_280, 19.125, 1.02e8, True),
+            )
+        ),
     )  # fmt: skip
     return dataclasses.replace(base, **changes)
 
@@ -180,7 +189,7 @@ def empty() -> Report:
         model=Model("net.onnx", "onnx", (), (Port("y", "float32", ()),)),
         export=(), before=same, after=same, passes=(), latency=None, accuracy=None, layers=(),
         files=(), parity=Parity("the graph as given", 1e-4, {"y": OutputError(0.0, 0.0, 1.0, math.inf)}),
-        sensitivity=None,
+        sensitivity=None, tradeoff=None,
     )  # fmt: skip
 
 
@@ -548,6 +557,37 @@ def test_columns_and_tables_without_figures_are_left_out():
         assert all("most sensitive" not in text for text in _texts(full(sensitivity=left)).values())
 
 
+def test_the_form_of_the_layers_is_named():
+    made = full()
+    assert made.sensitivity is not None
+    for form, text in _texts(full(sensitivity=dataclasses.replace(made.sensitivity, form="shift-add"))).items():
+        assert "most sensitive to shift-add" in text and "2 of 3 layers are shift-add" in text.replace("\n", " "), form
+        assert "only it int8" not in text, form
+
+
+def test_every_rendering_has_the_trade_off():
+    made = full()
+    assert made.tradeoff is not None
+    step = dataclasses.replace(made.passes[2], spec="shift_add{bits=4}", exact=False)
+    shifted = full(passes=(*made.passes[:2], step, *made.passes[3:]))
+    for form, text in _texts(shifted).items():
+        row = next(line for line in text.split("\n") if "binary, 4 bits (built)" in line)
+        assert "0.141" in row and "19.1 dB" in row and "102 µJ" in row and "not measured" not in row, form
+        narrow = next(line for line in text.split("\n") if "binary, 2 bits" in line and "51 µJ" in line)
+        assert "0.072" in narrow and "not measured" in narrow, form
+        assert "ISSCC 2014" in text.replace("\n", " "), form
+    page = render_html.page(shifted)
+    assert page.count("<circle") == render_html.page(full(tradeoff=None)).count("<circle") + 6
+    unknown = dataclasses.replace(
+        made.tradeoff, points=tuple(dataclasses.replace(p, picojoules=None) for p in made.tradeoff.points)
+    )
+    page = render_html.page(full(tradeoff=unknown))
+    assert 'id="tradeoff-bytes-title"' in page and 'id="tradeoff-energy-title"' not in page
+    assert all("Error against bytes" not in text for text in _texts(full(tradeoff=None)).values())
+    # No pass of this build coded a layer: nothing says how long one took.
+    assert "102 µJ" in render_text.markdown(full()) and render_text.markdown(full()).count("not measured") == 4
+
+
 def test_a_budget_that_does_not_hold_is_among_the_first_things_said():
     made = full()
     assert made.sensitivity is not None
@@ -807,6 +847,7 @@ def test_markdown_has_whole_tables(made: Report):
     text = render_text.markdown(made)
     kinds, _ = _tokens(text)
     tables = 1 + 1 + (made.latency is not None) + (made.sensitivity is not None) + 2 * bool(made.layers)
+    tables += made.tradeoff is not None
     assert kinds.count("table_open") == tables
     rows = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
     assert rows
@@ -922,7 +963,8 @@ def test_the_page_has_all_pictures():
     titles = re.findall(r"<figcaption>([^<]+)", render_html.page(full()))
     assert [t.strip() for t in titles] == [
         "Distribution of latency", "Latency", "Nodes", "Parameters", "Multiply-accumulates", "Weights",
-        "Error added", "Time per module, by kind of operator",
+        "Error added", "Error against bytes (large: what was built)", "Error against energy (large: what was built)",
+        "Time per module, by kind of operator",
     ]  # fmt: skip
     assert "<svg" not in render_html.page(empty())
 

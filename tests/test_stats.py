@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from onnx import parser
+from onnx import numpy_helper, parser
 
 from edgecompile import stats
 from edgecompile.graph import Graph, Provenance
@@ -83,3 +83,26 @@ def test_shaped_drops_what_is_stale_and_keeps_what_inference_cannot_find():
     graph.inputs[0].shape = ["N", 5]
     found = stats.shaped(graph, {"a": np.zeros((4, 5), np.float32)}).tensors()
     assert [found[n].shape for n in "skt"] == [[4, 7], [4, 7], None], "the shape of t was for another batch"
+
+
+@pytest.mark.parametrize("form", ["ort_cpu", "tensorrt"])
+def test_a_quantised_graph_has_as_many_parameters_as_before(form):
+    from edgecompile import qdq
+    from edgecompile.calibration import Range
+    from edgecompile.placement import TABLES, place
+
+    text = "(float[1,4,8,8] x) => (float[1,6,8,8] y) { a = Conv (x, w, b) r = Relu (a) y = Conv (r, v) }"
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g {text}')
+    rng = np.random.default_rng(0)
+    for name, shape in (("w", (5, 4, 1, 1)), ("b", (5,)), ("v", (6, 5, 1, 1))):
+        model.graph.initializer.append(numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32), name))
+    graph = Graph.from_proto(model)
+    graph.infer_shapes()
+    rules = TABLES[form]
+    made = qdq.quantized(
+        graph, rules, {n: Range(-1, 1, "minmax") for n in place(graph, rules, ends=True).points}, ends=True
+    )
+    assert any(n.op == "DequantizeLinear" for n in made.nodes)
+    assert stats.count(made).parameters == stats.count(graph).parameters == 20 + 5 + 30
+    rows = stats.by_module(made, 1)
+    assert sum(r.parameters for r in rows) == 55

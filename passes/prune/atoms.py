@@ -72,6 +72,7 @@ class Atoms:
         self._row = np.zeros(0, np.int64)  # row of its definition, -1 without
         self._definitions = np.zeros((0, 1), np.int64)
         self.reasons = ["", "it is no axis of channels"]
+        self._known = {text: i for i, text in enumerate(self.reasons)}
         self.pin(self.fresh(1), self.reasons[1])
 
     def fresh(self, extent: int) -> Labels:
@@ -123,9 +124,10 @@ class Atoms:
 
     def reason(self, text: str) -> int:
         """The index of a reason, to be given to :meth:`pin`."""
-        if text not in self.reasons:
+        if text not in self._known:
+            self._known[text] = len(self.reasons)
             self.reasons.append(text)
-        return self.reasons.index(text)
+        return self._known[text]
 
     def pin(self, labels: Labels, reason: str | int | np.ndarray) -> None:
         """Say that nothing at these positions ever goes; of several reasons the first stays."""
@@ -135,14 +137,15 @@ class Atoms:
         may = self._why[atoms] == 0
         self._why[atoms[may]] = index[may]
 
-    def unify(self, one: Labels, two: Labels, reason: str) -> None:
+    def unify(self, one: Labels, two: Labels, reason: str, other: str = "") -> None:
         """State that the same positions of two axes of one extent go.
 
         Args:
             one, two: labels ``[n, k]`` and ``[n, m]``.
-            reason: why one axis stays whole where nothing is known of why the other does.
+            reason: why ``one`` stays whole where nothing is known of why ``two`` does.
+            other: the same the other way round, ``reason`` by default.
         """
-        text = self.reason(reason)
+        texts = self.reason(reason), self.reason(other or reason)
         a, b = self.expand(one), self.expand(two)
         if a.shape[1] == b.shape[1] == 1:  # also of two that stay, so that they are reported together
             both = ((a != NEVER) & (b != NEVER))[:, 0]
@@ -160,14 +163,14 @@ class Atoms:
             if simple.any():
                 self._union(a[simple, 0], b[simple, 0])
             elif (stays := (of_a == 0) | (of_b == 0)).any():
-                for mine, other in ((a, two), (b, one)):
-                    given = self.why(other[stays])
+                for mine, against, text in ((a, two, texts[0]), (b, one, texts[1])):
+                    given = self.why(against[stays])
                     self.pin(mine[stays], np.where(given > 1, given, text))
             elif (single := (of_a == 1) | (of_b == 1)).any():
                 swap = (of_a > 1)[single, None]
                 self._define(np.where(swap, b[single], a[single])[:, 0], np.where(swap, a[single], b[single]))
             else:
-                self._pair(a, b, text)
+                self._pair(a, b, texts[0])
 
     def _union(self, a: np.ndarray, b: np.ndarray) -> None:
         while True:

@@ -55,6 +55,9 @@ Keep = Mapping[str, Sequence[int] | np.ndarray]
 """Group name -> indices of the units that stay, in any order; a group that is not named stays whole."""
 
 
+Place = tuple[str, str, int]
+"""An axis: a tensor, the first output of the node that reads it (``""`` for what the model computes), a number."""
+
 _Uses = dict[bytes, tuple[list[np.ndarray], list[tuple[gs.Node, int]]]]
 
 
@@ -217,6 +220,74 @@ class Groups:
                 left = sum(math.prod(int(m.sum()) for m in masks) for masks, _ in uses.values())
                 removed += (0 if shared else values.size) - left
         return removed
+
+    def kept(self, graph: Graph, keep: Keep) -> dict[Place, np.ndarray]:
+        """What stays of each axis that :meth:`cut` would shorten, bool ``[extent]``; ``graph`` is not changed.
+
+        Parameters come first, in the order of the nodes, then the tensors that the model computes.
+
+        Raises:
+            InputError: ``keep`` does not fit the groups.
+        """
+        stays = self._stays(keep)
+        found = {place: stays[labels].all(axis=1) for place, labels in self._labels(graph).items()}
+        return {place: mask for place, mask in found.items() if not mask.all()}
+
+    def keep(self, graph: Graph, kept: Mapping[Place, np.ndarray]) -> dict[str, np.ndarray]:
+        """The units to keep so that these axes keep these positions: what :meth:`kept` gave, or a part of it.
+
+        A place without a node is looked for at every node that reads the tensor. Groups of which nothing goes are left
+        out.
+
+        Raises:
+            InputError: an axis is not there or has another extent, or no cut of this graph leaves just these positions.
+        """
+        labels = self._labels(graph)
+        by_tensor: dict[tuple[str, int], list[Labels]] = {}
+        for (tensor, _, axis), found in labels.items():
+            by_tensor.setdefault((tensor, axis), []).append(found)
+        stays = np.ones(self._atoms, bool)
+        wanted: list[tuple[Place, Labels, np.ndarray]] = []
+        for place, mask in kept.items():
+            tensor, node, axis = place
+            for found in [labels[place]] if place in labels else [] if node else by_tensor.get((tensor, axis), []):
+                if len(found) != len(mask):
+                    raise InputError(f"axis {axis} of {tensor!r} has {len(found)} positions", f"not {len(mask)}")
+                gone = np.ones(self._atoms, bool)
+                gone[found[mask]] = False
+                stays[np.unique(found)[gone[np.unique(found)]]] = False
+                wanted.append((place, found, mask))
+            if (not wanted or wanted[-1][0] != place) and not mask.all():
+                raise InputError(f"axis {axis} of {tensor!r} cannot be cut", "no group of this graph lies on it")
+        stays[NEVER] = True
+        for (tensor, _, axis), found, mask in wanted:
+            if not np.array_equal(stays[found].all(axis=1), mask):
+                raise InputError(
+                    f"axis {axis} of {tensor!r} cannot keep just these {int(mask.sum())} of {len(mask)} positions",
+                    "in this graph other channels are tied to them",
+                )
+        units = {g.name: np.flatnonzero(stays[g.atoms]) for g in self.groups}
+        return {g.name: units[g.name] for g in self.prunable if len(units[g.name]) < g.units}
+
+    def lie(self, graph: Graph) -> dict[Place, tuple[str, ...]]:
+        """The groups that lie on each axis of which something may go."""
+        owner = np.full(self._atoms, -1)
+        for number, group in enumerate(self.groups):
+            owner[group.atoms] = number
+        return {
+            place: tuple(self.groups[i].name for i in np.unique(owner[labels]) if i >= 0)
+            for place, labels in self._labels(graph).items()
+        }
+
+    def _labels(self, graph: Graph) -> dict[Place, Labels]:
+        """Labels of each axis of which something may go."""
+        nodes = {key(n): n for n in graph.nodes}
+        found = {
+            (nodes[node].inputs[index].name, node, axis): labels
+            for (node, index), axes in self._parameters.items()
+            for axis, labels in axes.items()
+        }
+        return found | {(n, "", axis): labels for n, axes in self._tensors.items() for axis, labels in axes.items()}
 
     def _stays(self, keep: Keep) -> np.ndarray:
         """Per atom whether it stays.

@@ -182,8 +182,17 @@ class Site:
         if axis is not None and axis.shape[1]:
             self.atoms.pin(axis, text)
 
-    def tie(self, one: Axis, two: Axis) -> Axis:
-        """The axis that two axes broadcast to."""
+    def of(self, index: int, number: int) -> str:
+        """How reasons name an axis of an input."""
+        tensor = self.node.inputs[index]
+        maker = self.graph.producer(tensor)
+        if maker is not None and maker.op == "Pad":  # of an axis that is not padded
+            tensor = maker.inputs[0]
+            maker = self.graph.producer(tensor)
+        return f"axis {number} of {tensor.name!r}" + (f", which {where(maker)} computes" if maker else "")
+
+    def tie(self, one: Axis, two: Axis, of_one: str = "an axis", of_two: str = "an axis") -> Axis:
+        """The axis that two axes broadcast to; ``of_one`` and ``of_two`` name them."""
         if one is None or two is None:
             for axis in (one, two):
                 if axis is not None and len(axis) != 1:
@@ -193,7 +202,8 @@ class Site:
             if 1 not in (len(one), len(two)):
                 raise Unproved(f"it combines axes of {len(one)} and {len(two)}")
             return two if len(one) == 1 else one
-        self.atoms.unify(one, two, f"{self.name} ties it to an axis that stays whole")
+        reasons = (f"{self.name} ties it to {of}: nothing of it can go" for of in (of_two, of_one))
+        self.atoms.unify(one, two, *reasons)
         return one
 
     def split(self, axis: Axis, sizes: Sequence[int | None]) -> Axes:
@@ -318,7 +328,11 @@ def apply(site: Site, spec: str, sizes: Mapping[str, int]) -> list[Axes]:
             letters = [token] if token[0] == "." else list(token.strip("()"))
             parts = site.split(axis, _factors(axis, letters, sizes)) if len(letters) > 1 else [axis]
             for letter, part in zip(letters, parts, strict=True):
-                env[letter] = site.tie(env[letter], part) if letter in env else part
+                if letter in env:
+                    first = reading[letter][0]
+                    env[letter] = site.tie(env[letter], part, site.of(*first[:2]), site.of(index, number))
+                else:
+                    env[letter] = part
                 if letter.isupper():
                     site.pin(part, f"{site.name} computes on all of it together")
                 reading.setdefault(letter, []).append((index, number, token))
@@ -504,10 +518,14 @@ def _elementwise(site: Site) -> list[Axes]:
     indices = [i for i in range(len(site.node.inputs)) if site.given(i)]
     rank = max(len(site.axes(i)) for i in indices)
     result: Axes = [fixed(1)] * rank
+    names = ["an axis"] * rank
     for index in indices:
         axes = site.axes(index)
         for number, axis in enumerate(axes, rank - len(axes)):
-            result[number] = site.tie(result[number], axis)
+            name = site.of(index, number - rank + len(axes))
+            known = result[number]
+            result[number] = site.tie(known, axis, names[number], name)
+            names[number] = name if known is not None and len(known) == 1 else names[number]
     return [result] * len(site.node.outputs)
 
 
@@ -580,8 +598,8 @@ def _concat(site: Site) -> list[Axes]:
         parts = [axes[number] for axes in inputs]
         if number != along:
             joined = parts[0]
-            for part in parts[1:]:
-                joined = site.tie(joined, part)
+            for index, part in enumerate(parts[1:], 1):
+                joined = site.tie(joined, part, site.of(0, number), site.of(index, number))
             result.append(joined)
         elif any(p is None for p in parts):
             for part in parts:

@@ -2,13 +2,16 @@
 
 ``Y = softmax(s Q K^T + B) V`` is found from its Softmax: back through factors that are one number and added biases to
 the product of queries and keys, forward to the product with the values. Both orders are read, ``P V`` of tokens
-``[..., N, d]`` and ``V P^T`` of ``[..., d, N]``, and the operator ``Attention``.
+``[..., N, d]`` and ``V P^T`` of ``[..., d, N]``; so are masks of windows, which are added while the scores of one
+image's windows have an axis of their own. Attention in one operator is unfolded first
+(:mod:`~edgecompile.passes.shift_add.fused`).
 
 Two forms replace it. With ``b(x)`` in {0, 1}, 1 where ``x / |x|`` exceeds a threshold:
 
 - *angular*: ``R = V / 2 + b(Q) (b(K)^T V) / pi``, ``Y = c R / |R|``: linear in the tokens, and additions only. A factor
   c for each head, the root mean square length of what the softmax gave on calibration data, keeps the scale. There is
-  no place for a bias or mask of pairs of tokens.
+  no place for a bias or mask of pairs of tokens. With a window, a convolution of V along the tokens, one kernel for
+  each head, is added as in the authors' block; c and the kernels are those that leave the least squared error.
 - *hamming*: ``Y = softmax(s' b(Q) b(K)^T + B) V``, where s' gives the scores the spread they had.
 
 *Thresholds.* The authors compare with the mean of the normalised tensor over the whole batch, so that an image's result
@@ -39,6 +42,19 @@ THRESHOLDS = ("fixed", "image", "batch")
 
 
 @dataclass(frozen=True, eq=False)
+class Bias:
+    """What is added to the scores.
+
+    Attributes:
+        tensor: it broadcasts against the scores, or against ``windows``.
+        windows: the scores as ``[images, windows, heads, N, N]``, if it is added to them in that shape.
+    """
+
+    tensor: Tensor
+    windows: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Attention:
     """One softmax attention.
 
@@ -59,7 +75,7 @@ class Attention:
     v: Tensor
     turned: tuple[bool, bool, bool]
     scale: float
-    biases: tuple[Tensor, ...]
+    biases: tuple[Bias, ...]
     scores: Tensor
     result: Tensor
     result_turned: bool
@@ -87,7 +103,19 @@ def _from_softmax(graph: Graph, softmax: gs.Node) -> Attention | Skipped | None:
     scores, nodes = softmax.inputs[0], [softmax]
     rank = len(scores.shape or ())
     biases, scale, tensor = [], 1.0, scores
-    while (before := graph.producer(tensor)) is not None and before.op in ("Add", "Mul", "Div"):
+    while (before := graph.producer(tensor)) is not None and before.op in ("Add", "Mul", "Div", "Reshape"):
+        if before.op == "Reshape":
+            windows = _windowed(graph, before)
+            if windows is None:
+                break
+            if scale != 1.0:
+                return Skipped(softmax, "its biases are scaled after they are added")
+            add, inner = windows
+            mask = add.inputs[1] if add.inputs[0] is inner.outputs[0] else add.inputs[0]
+            biases.append(Bias(mask, inner.outputs[0]))
+            nodes += [before, add, inner]
+            tensor = inner.inputs[0]
+            continue
         # Of two operands, the scores are those that lead to a product.
         a, b = before.inputs
         if before.op == "Add":
@@ -96,7 +124,7 @@ def _from_softmax(graph: Graph, softmax: gs.Node) -> Attention | Skipped | None:
                 return None
             if scale != 1.0:
                 return Skipped(softmax, "its biases are scaled after they are added")
-            biases.append(other)
+            biases.append(Bias(other))
         else:
             inner, other = (a, b) if graph.constant(b) is not None else (b, a)
             factor = graph.constant(other)
@@ -106,7 +134,7 @@ def _from_softmax(graph: Graph, softmax: gs.Node) -> Attention | Skipped | None:
         nodes.append(before)
         tensor = inner
     product = graph.producer(tensor)
-    if product is not None and product.op == "Reshape" and _is_product(graph, graph.producer(product.inputs[0])):
+    if product is not None and product.op == "Reshape" and _leads_to_product(graph, product.inputs[0]):
         return Skipped(softmax, "its mask is added in another shape than that of the scores")
     if product is None or not _is_product(graph, product):
         return None
@@ -134,11 +162,39 @@ def _from_softmax(graph: Graph, softmax: gs.Node) -> Attention | Skipped | None:
     turned = (q_turned, k_turned, exchanged)
     v = end.inputs[1 - place]
     shapes = [_tokens_first(t, flag) for t, flag in zip((q, k, v), turned, strict=True)]
-    if any(s is None for s in shapes) or len({tuple(s[:-2]) for s in shapes if s}) != 1:
+    if not _fit(shapes):
         return Skipped(softmax, "queries, keys and values differ in their batch or heads")
     return Attention(
         tuple(reversed(nodes)), q, k, v, turned, scale, tuple(biases), scores, end.outputs[0], exchanged
     )  # fmt: skip
+
+
+def _windowed(graph: Graph, last: gs.Node) -> tuple[gs.Node, gs.Node] | None:
+    """The Add and the first Reshape of ``[B W, h, N, N] -> [B, W, h, N, N] -> Add -> [B W, h, N, N]``."""
+    add = graph.producer(last.inputs[0])
+    if add is None or add.op != "Add":
+        return None
+    after = list(last.outputs[0].shape or ())
+    for side, other in _both_orders(add):
+        first = graph.producer(side)
+        if first is None or first.op != "Reshape":
+            continue
+        whole, before = list(side.shape or ()), list(first.inputs[0].shape or ())
+        ranks = (len(whole), len(before), len(after), len(add.outputs[0].shape or ()))
+        if ranks != (5, 4, 4, 5) or not isinstance(whole[1], int) or len(other.shape or ()) > 5:
+            continue
+        if whole[2:] == before[1:] == after[1:] and all(isinstance(n, int) for n in whole[2:]):
+            return add, first
+    return None
+
+
+def _fit(shapes: Sequence[list | None]) -> bool:
+    """Whether queries, keys and values agree in all but their last two axes, as far as the lengths are known."""
+    outer = [s[:-2] for s in shapes if s is not None]
+    if len(outer) != 3 or len({len(s) for s in outer}) != 1:
+        return False
+    # Two names of lengths may mean the same; a number and a name may not.
+    return all(len(set(axis)) == 1 or not any(isinstance(n, int) for n in axis) for axis in zip(*outer, strict=True))
 
 
 def _leads_to_product(graph: Graph, tensor: Tensor) -> bool:
@@ -180,23 +236,26 @@ class Statistics:
 
     Attributes:
         thresholds: mean of the normalised queries and keys.
-        length: root mean square length of the results of a token, float32 ``[heads, 1, 1]`` or ``[1, 1, 1]``.
+        length: factor of the angular form, float32 ``[heads, 1, 1]`` or ``[1, 1, 1]``.
+        taps: kernels of the convolution of the values, float32 ``[heads, window]``.
         spread: standard deviation of the scores over the keys.
         binary_spread: the same of the counts ``b(Q) b(K)^T``.
     """
 
     thresholds: tuple[float, float]
     length: np.ndarray
+    taps: np.ndarray
     spread: float
     binary_spread: float
 
 
-def statistics(graph: Graph, found: Sequence[Attention], feeds: Sequence[Feeds]) -> list[Statistics]:
-    """Statistics of each attention over all feeds."""
+def statistics(graph: Graph, found: Sequence[Attention], feeds: Sequence[Feeds], window: int = 0) -> list[Statistics]:
+    """Statistics of each attention over all feeds; ``window`` is the odd number of tokens of the convolution, or 0."""
     totals: list[dict[str, list]] = [{"q": [], "k": [], "length": [], "spread": [], "binary": []} for _ in found]
-    names = [t.name for one in found for t in (one.q, one.k, one.result, one.scores)]
+    names = [t.name for one in found for t in (one.q, one.k, one.v, one.result, one.scores)]
+    fits: list[list[np.ndarray]] = [[] for _ in found]
     for seen in sensitivity.activations(graph, names, feeds):
-        for one, total in zip(found, totals, strict=True):
+        for one, total, fit in zip(found, totals, fits, strict=True):
             q, k = (_unit(seen[t.name], flag) for t, flag in zip((one.q, one.k), one.turned, strict=False))
             y = seen[one.result.name]
             y = y.swapaxes(-1, -2) if one.result_turned else y
@@ -205,17 +264,41 @@ def statistics(graph: Graph, found: Sequence[Attention], feeds: Sequence[Feeds])
             total["q"].append(float(q.mean()))
             total["k"].append(float(k.mean()))
             total["spread"].append(float(seen[one.scores.name].var(-1).mean()))
-            counts = (q > q.mean()).astype(np.float32) @ (k > k.mean()).astype(np.float32).swapaxes(-1, -2)
-            total["binary"].append(float(counts.var(-1).mean()))
-    return [
-        Statistics(
-            (float(np.mean(t["q"])), float(np.mean(t["k"]))),
-            np.sqrt(np.mean(t["length"], 0)).astype(np.float32),
-            math.sqrt(np.mean(t["spread"])),
-            math.sqrt(np.mean(t["binary"])),
-        )
-        for t in totals
-    ]
+            q, k = (q > q.mean()).astype(np.float32), (k > k.mean()).astype(np.float32)
+            total["binary"].append(float((q @ k.swapaxes(-1, -2)).var(-1).mean()))
+            if window:
+                v = seen[one.v.name]
+                v = v.swapaxes(-1, -2) if one.turned[2] else v
+                angular = _unit(v / 2 + q @ (k.swapaxes(-1, -2) @ v) / np.pi, False)
+                fit.append(_products(np.stack([angular, *_windows(v, window)], -1), y))
+    known = []
+    for t, fit in zip(totals, fits, strict=True):
+        length, taps = np.sqrt(np.mean(t["length"], 0)), np.zeros((len(t["length"][0]), 0))
+        if window:
+            both = np.sum(fit, 0)
+            # Least squares by the pseudo-inverse: values of equal tokens leave it without a single solution.
+            best = np.stack([np.linalg.pinv(one[:-1, :-1], rcond=1e-8) @ one[:-1, -1] for one in both])
+            length, taps = best[:, :1, None], best[:, 1:]
+        thresholds = float(np.mean(t["q"])), float(np.mean(t["k"]))
+        spreads = math.sqrt(np.mean(t["spread"])), math.sqrt(np.mean(t["binary"]))
+        known.append(Statistics(thresholds, length.astype(np.float32), taps.astype(np.float32), *spreads))
+    return known
+
+
+def _windows(v: np.ndarray, window: int) -> Iterator[np.ndarray]:
+    """``v[..., i + t, :]`` for each place t of a window about token i, with zeros beyond the ends."""
+    half = window // 2
+    padded = np.pad(v, [(0, 0)] * (v.ndim - 2) + [(half, half), (0, 0)])
+    for t in range(window):
+        yield padded[..., t : t + v.shape[-2], :]
+
+
+def _products(features: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Products of features ``[batch, (heads,) N, e, n]`` and y with each other, summed: ``[heads, n + 1, n + 1]``."""
+    whole = np.concatenate([features, y[..., None]], -1)
+    whole = whole if whole.ndim == 5 else whole[:, None]
+    flat = np.moveaxis(whole, 1, 0).reshape(whole.shape[1], -1, whole.shape[-1]).astype(np.float64)
+    return flat.swapaxes(1, 2) @ flat
 
 
 def _unit(x: np.ndarray, turned: bool) -> np.ndarray:
@@ -254,15 +337,48 @@ def write(graph: Graph, one: Attention, form: str, threshold: str, known: Statis
         scale = known.spread / known.binary_spread if known.binary_spread else 0.0
         bias: Tensor = graph.new_constant(f"{hint}_bias", np.zeros(1, np.float32))
         for other in one.biases:
-            bias = added("Add", [bias, other])
+            bias = added("Add", [bias, _unwindowed(graph, added, other, operands[0])])
         extra = [graph.new_constant(f"{hint}_scale", np.asarray([scale], np.float32)), bias]
     result = added(name, [*operands, *thresholds, *extra], ops.DOMAIN, turn=turn)
     if form == "angular":
         result = added("Mul", [result, graph.new_constant(f"{hint}_length", known.length)])
+        if known.taps.size:
+            result = added("Add", [result, _convolved(graph, added, operands[2], known.taps, hint)])
     if one.result_turned:
         result = added("Transpose", [result], perm=turn)
     ops.declare(graph, name)
     graph.rewire(one.result, result)
+
+
+def _unwindowed(graph: Graph, added, bias: Bias, q: Tensor) -> Tensor:
+    """A bias as it broadcasts against scores ``[images windows, heads, N, N]``."""
+    if bias.windows is None:
+        return bias.tensor
+    images, windows, _, *pair = bias.windows.shape
+    heads = bias.tensor.shape[-3] if len(bias.tensor.shape) > 2 else 1
+    known = graph.constant(bias.tensor)
+    if known is not None and isinstance(images, int):
+        whole = np.broadcast_to(known, (images, windows, heads, *pair)).reshape(-1, heads, *pair)
+        return graph.new_constant("mask", np.ascontiguousarray(whole))
+
+    def ints(*values: int) -> Tensor:
+        return graph.new_constant("sizes", np.asarray(values, np.int64))
+
+    first = added("Slice", [added("Shape", [q]), ints(0), ints(1)])
+    count = added("Div", [first, ints(windows)])
+    whole = added("Expand", [bias.tensor, added("Concat", [count, ints(windows, heads, *pair)], axis=0)])
+    return added("Reshape", [whole, ints(-1, heads, *pair)])
+
+
+def _convolved(graph: Graph, added, v: Tensor, taps: np.ndarray, hint: str) -> Tensor:
+    """Values convolved along the tokens, one kernel for each head; without heads, all of them are one."""
+    heads, window = taps.shape
+    kernel = graph.new_constant(f"{hint}_taps", taps.reshape(heads, 1, window, 1))
+    place = {"group": heads, "kernel_shape": [window, 1], "pads": [window // 2, 0, window // 2, 0]}
+    if len(v.shape) == 4:
+        return added("Conv", [v, kernel], **place)
+    axis = graph.new_constant("axis", np.asarray([1], np.int64))
+    return added("Squeeze", [added("Conv", [added("Unsqueeze", [v, axis]), kernel], **place), axis])
 
 
 def _mean(graph: Graph, added, x: Tensor, rank: int, threshold: str) -> Tensor:

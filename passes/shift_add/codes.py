@@ -7,8 +7,8 @@ one of them, its code. Two kinds of levels, both free of multiplications:
   either term possibly 0. A group's scale ``2^e`` is that which leaves the least error.
 - *Binary coding.* ``w ≈ a_1 s_1 + ... + a_b s_b`` with ``s_i`` in ``{-1, +1}``. Greedy start: ``s_i`` the sign of what
   is left, ``a_i`` its mean magnitude. Then in turn: with the signs held, the scales solve ``(S^T D S) a = S^T D w``;
-  each scale is replaced by the sum of the ``terms`` signed powers of two nearest to it; with the scales held, each
-  weight takes the nearest of the ``2^b`` sums.
+  each scale is replaced by ``2^e ± 2^f``, the power of two nearest to it and that nearest to what is left; with the
+  scales held, each weight takes the nearest of the ``2^b`` sums.
 
 ``D`` weighs the columns: 1 asks for the least error of the weights, the mean square of the layer's input for the least
 error of its outputs if inputs were uncorrelated; a blend serves both.
@@ -38,7 +38,7 @@ TERMS = 2  # powers of two in the scale of a binary code
 _ROUNDS = 8  # of the alternating optimisation; it settles within these
 _DAMPING = 0.01  # of the mean diagonal of H, added to its diagonal: inputs of few samples leave H singular
 _EXPONENTS = range(-3, 2)  # scales tried about the one at which the largest weight meets the largest level
-_NONE = -128  # the exponent that stands for an absent term of a scale
+_LEAST, _MOST = -64, 63  # exponents of a term of a scale: seven bits of a byte, the eighth being the sign
 Key = TypeVar("Key")
 
 
@@ -72,8 +72,8 @@ class Coded:
         bits: of one code.
         codes: uint8 ``[rows, columns]``, each below ``2^bits``.
         exponents: int8. For a book ``[rows, groups]``, the scale being ``2^e``; for binary codes
-            ``[bits, rows, groups, terms]``, the scale being the sum of ``sign * 2^e``, and -128 an absent term.
-        signs: int8, of the shape of ``exponents``; only binary codes have them.
+            ``[bits, rows, groups, terms]``, each ``2 e``, plus 1 for a term that is subtracted, the scale being the sum
+            of ``±2^e`` over the terms.
         group: columns of one group; the last group may be shorter.
     """
 
@@ -81,22 +81,20 @@ class Coded:
     bits: int
     codes: np.ndarray
     exponents: np.ndarray
-    signs: np.ndarray | None
     group: int
 
     @property
     def levels(self) -> np.ndarray:
         """What each code stands for, float32 ``[rows, groups, 2^bits]``."""
-        if self.signs is None:
-            return np.ldexp(book(self.kind, self.bits), self.exponents[:, :, None].astype(np.int32))
-        return _sums(_scales(self.exponents, self.signs))
+        if self.kind == "binary":
+            return _sums(_scales(self.exponents))
+        return np.ldexp(book(self.kind, self.bits), self.exponents[:, :, None].astype(np.int32))
 
     @property
     def bytes(self) -> int:
         """Size of what is stored: packed codes and scales."""
         rows, columns = self.codes.shape
-        scales = self.exponents.nbytes + (0 if self.signs is None else self.signs.nbytes)
-        return self.bits * rows * -(-columns // 8) + scales
+        return self.bits * rows * -(-columns // 8) + self.exponents.nbytes
 
     def decode(self) -> np.ndarray:
         """The weights, float32 ``[rows, columns]``; exact, as every weight is a sum of a few powers of two."""
@@ -146,13 +144,12 @@ def encode(
             damped = gram.astype(np.float64) + _DAMPING * mean * np.eye(columns)
             factor = np.linalg.cholesky(np.linalg.inv(damped)).T
     codes = np.empty((rows, columns), np.uint8)
-    exponents, signs = [], []
+    exponents = []
     for start in range(0, columns, group):
         part = slice(start, min(start + group, columns))
         if kind == "binary":
-            powers, sign = _binary_scales(rest[:, part], bits, importance[part])
-            signs.append(sign)
-            levels = _sums(_scales(powers[:, :, None], sign[:, :, None]))[:, 0].astype(np.float64)
+            powers = _binary_scales(rest[:, part], bits, importance[part])
+            levels = _sums(_scales(powers[:, :, None]))[:, 0].astype(np.float64)
         else:
             powers = _book_scales(rest[:, part], book(kind, bits), importance[part])
             levels = np.ldexp(book(kind, bits).astype(np.float64), powers[:, None].astype(np.int32))
@@ -164,9 +161,7 @@ def encode(
             codes[:, j] = _nearest(rest[:, j : j + 1], levels)[:, 0]
             error = rest[:, j] - levels[np.arange(rows), codes[:, j]]
             rest[:, j + 1 :] -= np.outer(error, factor[j, j + 1 :] / factor[j, j])
-    if kind == "binary":
-        return Coded(kind, bits, codes, np.stack(exponents, 2), np.stack(signs, 2), group)
-    return Coded(kind, bits, codes, np.stack(exponents, 1), None, group)
+    return Coded(kind, bits, codes, np.stack(exponents, 2 if kind == "binary" else 1), group)
 
 
 def exact(weight: np.ndarray) -> Coded | None:
@@ -182,7 +177,7 @@ def exact(weight: np.ndarray) -> Coded | None:
     for bits in WIDTHS["pot"]:
         levels = np.ldexp(book("pot", bits).astype(np.float64), largest[:, None])
         codes = _nearest(weight.astype(np.float64), levels)
-        coded = Coded("pot", bits, codes, largest[:, None].astype(np.int8), None, weight.shape[1])
+        coded = Coded("pot", bits, codes, largest[:, None].astype(np.int8), weight.shape[1])
         if np.array_equal(coded.decode(), weight):
             return coded
     return None
@@ -262,11 +257,11 @@ def _book_scales(values: np.ndarray, levels: np.ndarray, importance: np.ndarray)
         error = ((values - found) ** 2 * importance).sum(1)
         better = error < best
         best[better], chosen[better] = error[better], (middle + offset)[better]
-    return np.clip(chosen, _NONE + 1, 127).astype(np.int8)
+    return np.clip(chosen, -127, 127).astype(np.int8)
 
 
-def _binary_scales(values: np.ndarray, bits: int, importance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Exponents and signs of the scales of each row, int8 ``[bits, rows, TERMS]`` each."""
+def _binary_scales(values: np.ndarray, bits: int, importance: np.ndarray) -> np.ndarray:
+    """Exponents and signs of the scales of each row, as :class:`Coded` has them: int8 ``[bits, rows, TERMS]``."""
     signs, rest = [], values.copy()
     for _ in range(bits):
         sign = np.where(rest >= 0, 1.0, -1.0)
@@ -281,42 +276,46 @@ def _binary_scales(values: np.ndarray, bits: int, importance: np.ndarray) -> tup
         # Two equal columns of signs make it singular; a small ridge then shares the scale between them.
         normal += 1e-9 * np.maximum(np.trace(normal, axis1=1, axis2=2), 1e-300)[:, None, None] * np.eye(bits)
         scale = np.linalg.solve(normal, np.einsum("rki,rk->ri", weighed, values)[:, :, None])[:, :, 0]
-        powers, sign = _powers(-np.sort(-np.abs(scale), 1))
-        rounded = _scales(powers, sign)
+        powers = _powers(-np.sort(-np.abs(scale), 1))
+        rounded = _scales(powers)
         levels = _sums(np.moveaxis(rounded, 1, 0)[:, :, None])[:, 0].astype(np.float64)
         code = _nearest(values, levels)
         error = ((values - np.take_along_axis(levels, code.astype(np.int64), 1)) ** 2 * importance).sum(1)
         better = error < best
-        if kept is None:
-            kept = powers.copy(), sign.copy()
-        kept[0][better], kept[1][better] = powers[better], sign[better]
+        kept = powers.copy() if kept is None else kept
+        kept[better] = powers[better]
         best = np.minimum(best, error)
         s = np.where((code[:, :, None] >> np.arange(bits)) & 1, 1.0, -1.0)
     assert kept is not None
-    return np.moveaxis(kept[0], 1, 0), np.moveaxis(kept[1], 1, 0)
+    return np.moveaxis(kept, 1, 0)
 
 
-def _powers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest sums of ``TERMS`` signed powers of two, taken greedily: int8 exponents and signs ``[..., TERMS]``."""
-    exponents = np.full((*values.shape, TERMS), _NONE, np.int8)
-    signs = np.zeros((*values.shape, TERMS), np.int8)
-    rest = values.copy()
-    for t in range(TERMS):
-        size = np.abs(rest)
-        # Below this a term is lost in the float32 sum anyway.
-        there = size > np.abs(values) * 2.0**-20
-        safe = np.where(there, size, 1.0)
-        low = np.floor(np.log2(safe))
-        power = np.clip(low + (safe > 1.5 * 2.0**low), _NONE + 1, 127)
-        exponents[..., t] = np.where(there, power, _NONE)
-        signs[..., t] = np.where(there, np.sign(rest), 0)
-        rest = np.where(there, rest - np.sign(rest) * 2.0**power, rest)
-    return exponents, signs
+def _powers(values: np.ndarray) -> np.ndarray:
+    """``2^e ± 2^f`` nearest to values that are not negative, taken greedily: int8 ``[..., TERMS]``, see :class:`Coded`.
+
+    What is a power of two already, ``2^e``, is ``2^(e + 1) - 2^e``, and 0 is ``2^e - 2^e``: no term is ever absent.
+    """
+    there = values > 2.0 ** (_LEAST + 1)
+    safe = np.where(there, np.minimum(values, 2.0 ** (_MOST - 1)), 1.0)
+    first = _nearest_power(safe)
+    rest = safe - 2.0**first
+    # Below this a term is lost in the float32 sum anyway.
+    single = np.abs(rest) <= safe * 2.0**-20
+    second = np.where(single, first, np.maximum(_nearest_power(np.where(single, 1.0, np.abs(rest))), _LEAST))
+    minus = single | (rest < 0) | ~there
+    first = first + single * there
+    terms = np.stack([2 * first, 2 * second + minus], -1)
+    return np.where(there[..., None], terms, [2 * _LEAST, 2 * _LEAST + 1]).astype(np.int8)
 
 
-def _scales(exponents: np.ndarray, signs: np.ndarray) -> np.ndarray:
-    """Sum of the terms along the last axis, float32."""
-    return np.ldexp(signs.astype(np.float32), exponents.astype(np.int32)).sum(-1, dtype=np.float32)
+def _nearest_power(values: np.ndarray) -> np.ndarray:
+    low = np.floor(np.log2(values))
+    return low + (values > 1.5 * 2.0**low)
+
+
+def _scales(exponents: np.ndarray) -> np.ndarray:
+    """The scales of binary codes, float32: the sum of the terms along the last axis."""
+    return np.ldexp(np.float32(1) - 2 * (exponents & 1), exponents.astype(np.int32) >> 1).sum(-1, dtype=np.float32)
 
 
 def _sums(scales: np.ndarray) -> np.ndarray:

@@ -122,19 +122,27 @@ def output_error(weight: np.ndarray, coded: np.ndarray, gram: np.ndarray) -> tup
     return float(((difference @ gram) * difference).sum()), float(((weight @ gram) * weight).sum())
 
 
-def write(graph: Graph, layer: Layer, coded: codes.Coded) -> None:
-    """Replace a layer by the operator of its codes. The caller tidies the graph."""
-    binary, node = coded.signs is not None, layer.node
+def coded_constants(graph: Graph, coded: codes.Coded, hint: str) -> list[Tensor]:
+    """The constants of an operator with these codes: planes, exponents and, of a book, levels."""
+    values = {"planes": codes.pack(coded.codes, coded.bits), "exponents": coded.exponents}
+    if coded.kind != "binary":
+        values["levels"] = codes.book(coded.kind, coded.bits)
+    return [graph.new_constant(f"{hint}_{name}", value) for name, value in values.items()]
+
+
+def write(graph: Graph, layer: Layer, coded: codes.Coded, constants: Sequence[Tensor] = ()) -> None:
+    """Replace a layer by the operator of its codes. The caller tidies the graph.
+
+    Args:
+        graph: of the layer.
+        layer: the layer.
+        coded: its codes.
+        constants: what :func:`coded_constants` gave for another layer of the same codes, to store them once.
+    """
+    node, binary = layer.node, coded.kind == "binary"
     kind = ("BinaryCoded" if binary else "Shift") + ("Linear" if layer.strides is None else "Conv")
-    third = coded.signs if binary else codes.book(coded.kind, coded.bits)
-    assert third is not None
     hint = node.inputs[1].name
-    inputs = [
-        layer.source,
-        graph.new_constant(f"{hint}_planes", codes.pack(coded.codes, coded.bits)),
-        graph.new_constant(f"{hint}_exponents", coded.exponents),
-        graph.new_constant(f"{hint}_{'signs' if binary else 'levels'}", third),
-    ]
+    inputs = [layer.source, *(constants or coded_constants(graph, coded, hint))]
     attributes: dict[str, object] = {"columns": layer.weight.shape[1], "group": coded.group}
     if layer.strides is not None:
         attributes["strides"] = list(layer.strides)

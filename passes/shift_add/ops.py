@@ -9,8 +9,9 @@ The bodies below are the specification, in the textual form of ONNX. Shapes and 
   ``8 b + j``. Rows are outputs, columns inputs.
 - ``levels``: float32 ``[2^bits]``, the value of each code before scaling, each a sum of at most two powers of two.
 - ``exponents`` of a book: int8 ``[rows, groups]``; a weight is ``levels[code] * 2^exponent``.
-- ``exponents``, ``signs`` of a binary code: int8 ``[bits, rows, groups, terms]``; scale i of a group is the sum of
-  ``sign * 2^exponent`` over its terms, and a weight the sum of its scales, scale i with a plus where bit i is set.
+- ``exponents`` of a binary code: int8 ``[bits, rows, groups, 2]``, each twice the exponent e (from -64 to 63), plus 1
+  where the term is subtracted; scale i of a group is the sum of its two terms ``±2^e``, and a weight the sum of its
+  scales, scale i with a plus where bit i is set and a minus elsewhere.
 - ``columns`` (attribute): inputs; ``group`` (attribute): columns that share a scale.
 
 Source: ONNX IR specification, "Functions". The standard operators are used as they are since opset 13.
@@ -78,16 +79,21 @@ _BOOK = (
 _BINARY = (
     _UNPACK
     + """
-   exponent_float = Cast <to = 1> (exponents)
+   coded_float = Cast <to = 1> (exponents)
+   halved = Div (coded_float, two)
+   exponent_float = Floor (halved)
    power = Pow (two, exponent_float)
-   sign_float = Cast <to = 1> (signs)
+   own = Sub (halved, exponent_float)
+   four = Constant <value_float = 4.0> ()
+   four_or_none = Mul (own, four)
+   unity = Constant <value_float = 1.0> ()
+   sign_float = Sub (unity, four_or_none)
    term = Mul (power, sign_float)
    scale = ReduceSum <keepdims = 0> (term, last)
    scale_wide = Gather <axis = 2> (scale, group_of)
    bit_float = Cast <to = 1> (bit)
    twice = Mul (bit_float, two)
-   one_float = Constant <value_float = 1.0> ()
-   plus_minus = Sub (twice, one_float)
+   plus_minus = Sub (twice, unity)
    parts = Mul (plus_minus, scale_wide)
    weight = ReduceSum <keepdims = 0> (parts, nothing)
 """
@@ -142,8 +148,8 @@ _HAMMING = """
 _FUNCTIONS = {
     "ShiftLinear": ("columns, group", "x, planes, exponents, levels", _BOOK + _LINEAR),
     "ShiftConv": ("columns, group, strides", "x, planes, exponents, levels", _BOOK + _CONV),
-    "BinaryCodedLinear": ("columns, group", "x, planes, exponents, signs", _BINARY + _LINEAR),
-    "BinaryCodedConv": ("columns, group, strides", "x, planes, exponents, signs", _BINARY + _CONV),
+    "BinaryCodedLinear": ("columns, group", "x, planes, exponents", _BINARY + _LINEAR),
+    "BinaryCodedConv": ("columns, group, strides", "x, planes, exponents", _BINARY + _CONV),
     "BinaryAngularAttention": ("turn", "q, k, v, q_threshold, k_threshold", _BINARIZE + _ANGULAR),
     "BinarySoftmaxAttention": ("turn", "q, k, v, q_threshold, k_threshold, scale, bias", _BINARIZE + _HAMMING),
 }

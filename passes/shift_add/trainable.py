@@ -112,13 +112,13 @@ def _binary(x: Tensor, least: Tensor) -> Tensor:
 
 def read(graph: Graph, node: gs.Node) -> codes.Coded:
     """The codes of an operator with a matrix of weights."""
-    planes, exponents, third = (np.asarray(graph.constant(t)) for t in node.inputs[1:4])
+    planes, exponents, *levels = (np.asarray(graph.constant(t)) for t in node.inputs[1:])
     columns, group = int(node.attrs["columns"]), int(node.attrs["group"])
     found = codes.unpack(planes, columns)
     if node.op.startswith("BinaryCoded"):
-        return codes.Coded("binary", len(planes), found, exponents, third, group)
-    kind = next(k for k in ("pot", "sp2") if len(planes) in codes.WIDTHS[k] and _same(k, third))
-    return codes.Coded(kind, len(planes), found, exponents, None, group)
+        return codes.Coded("binary", len(planes), found, exponents, group)
+    kind = next(k for k in ("pot", "sp2") if len(planes) in codes.WIDTHS[k] and _same(k, levels[0]))
+    return codes.Coded(kind, len(planes), found, exponents, group)
 
 
 def _same(kind: str, levels: np.ndarray) -> bool:

@@ -14,10 +14,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from edgecompile import device as cuda
 from edgecompile.errors import EnvironmentMissing
 from edgecompile.files import write_atomic
 from edgecompile.target import Capability, Engine, EngineManifest, LayerTime, Target
-from edgecompile.targets.trt import device as trt_device
 from edgecompile.targets.trt import options as trt_options
 from edgecompile.targets.trt import plan, probe, session
 
@@ -68,11 +68,15 @@ class TrtTarget(Target):
         """TensorRT and the device, or what is missing."""
         return list(probe.capabilities())
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """See :meth:`edgecompile.target.Target.check`."""
+        trt_options.parse(options)
+
     def missing(self) -> EnvironmentMissing | None:
         """What keeps this machine from building an engine; None if nothing does."""
         try:
             probe.runtime()
-            trt_device.open_device()
+            cuda.open_device()
         except EnvironmentMissing as error:
             return error
         return None
@@ -87,11 +91,13 @@ class TrtTarget(Target):
         Raises:
             InputError: an option cannot be used, or no version of TensorRT takes the graph.
         """
+        from edgecompile.targets.trt import build as trt_build
         from edgecompile.targets.trt import preflight, support
         from edgecompile.targets.trt.preflight import View
 
         chosen = trt_options.parse(options)
-        view = View.of(graph, support.VERSIONS[0])
+        trt_build.check_ranges({t.name: tuple(t.shape or ()) for t in graph.inputs}, chosen.dynamic)
+        view = View.of(trt_build.lowered(graph, chosen), support.VERSIONS[0])
         problems = {version: tuple(_problems(view, version)) for version in support.VERSIONS}
         fine = tuple(v for v, found in problems.items() if not any(p.fatal for p in found))
         if not fine:
@@ -122,12 +128,12 @@ class TrtTarget(Target):
         chosen = trt_options.parse(options)
         trt = probe.runtime()
         trt_options.require(chosen, probe.facts(trt))
-        device, log = trt_device.open_device(), session.logger(trt)
+        device, log = cuda.open_device(), session.logger(trt)
         machine = probe.machine(trt, device, log)
-        named = trt_build.named(graph)
-        typed = strong_typing.check(named, trt.__version__)
-        preflight.require(typed, trt.__version__, len(named.nodes))
-        built = trt_build.build(trt, named, chosen, log, say)
+        lowered = trt_build.lowered(graph, chosen)
+        typed = strong_typing.check(lowered, trt.__version__)
+        preflight.require(typed, trt.__version__, len(lowered.nodes))
+        built = trt_build.build(trt, lowered, chosen, log, say)
         if say is not None and built.dla is not None:
             say(str(built.dla))
         plan.write(
@@ -153,23 +159,24 @@ class TrtTarget(Target):
         files = (ENGINE, TIMING_CACHE)
         where = f"sm_{machine.compute_capability.replace('.', '')} {machine.os}"
         manifest = EngineManifest(self.name, files, {"tensorrt": trt.__version__}, where, recorded)
-        return TrtEngine(trt, device, manifest, chosen, plan.read(folder / ENGINE, machine)[1], log, named)
+        return TrtEngine(trt, device, manifest, chosen, plan.read(folder / ENGINE, machine)[1], log, lowered)
 
     def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
         """See :meth:`edgecompile.target.Target.load`; TensorRT sees the engine only after its header was verified."""
-        from edgecompile.targets.trt.build import named
+        from edgecompile.targets.trt.build import lowered
         from edgecompile.targets.trt.engine import TrtEngine
 
-        return TrtEngine(*session.verified(folder, manifest), named(graph))
+        opened = session.verified(folder, manifest)
+        return TrtEngine(*opened, lowered(graph, opened[3]))
 
     def layers(
         self, folder: Path, manifest: EngineManifest, graph: Graph, profile: Mapping[str, Any]
     ) -> list[LayerTime]:
         """See :meth:`edgecompile.target.Target.layers`."""
-        from edgecompile.targets.trt.build import named
+        from edgecompile.targets.trt.build import lowered
         from edgecompile.targets.trt.layers import of_profile
 
-        return of_profile(profile, named(graph))
+        return of_profile(profile, lowered(graph, session.options(manifest)))
 
 
 def _problems(view: View, version: str) -> list[Problem]:

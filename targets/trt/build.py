@@ -5,18 +5,21 @@ Where versions differ, an attribute is asked for, never a version number. Precis
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+import signal
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError
-from edgecompile.graph import Graph, where
+from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError, did_you_mean
+from edgecompile.graph import Graph, named, where
+from edgecompile.targets.trt import nms, preflight
 from edgecompile.targets.trt import options as trt_options
-from edgecompile.targets.trt import preflight
 from edgecompile.targets.trt.options import Options
 from edgecompile.targets.trt.preflight import Problem
 
@@ -58,14 +61,15 @@ class Built:
     dla: Dla | None
 
 
-def named(graph: Graph) -> Graph:
-    """A copy in which every node has a name of its own, since TensorRT names its layers after the nodes."""
-    copy, taken = graph.copy(), set()
-    for index, node in enumerate(copy.walk()):
-        if not node.name or node.name in taken:
-            node.name = copy.fresh_name(node.name or f"{node.op}_{index}")
-        taken.add(node.name)
-    return copy
+def lowered(graph: Graph, chosen: Options) -> Graph:
+    """A copy of a graph as TensorRT is given it: nodes with names of their own, and what the options add to it.
+
+    Raises:
+        InputError: boxes are to be suppressed, and the outputs are not those of a detector.
+    """
+    if chosen.nms:
+        graph = nms.append(graph, chosen.nms_score, chosen.nms_iou, chosen.nms_boxes)
+    return named(graph)
 
 
 def build(trt: Any, graph: Graph, chosen: Options, log: Any, say: Say | None = None) -> Built:
@@ -73,7 +77,7 @@ def build(trt: Any, graph: Graph, chosen: Options, log: Any, say: Say | None = N
 
     Args:
         trt: the module ``tensorrt``.
-        graph: what :func:`named` returned.
+        graph: what :func:`lowered` returned.
         chosen: the options; :func:`edgecompile.targets.trt.options.require` has passed them.
         log: what :func:`edgecompile.targets.trt.session.logger` returned.
         say: told what the builder is doing.
@@ -82,6 +86,7 @@ def build(trt: Any, graph: Graph, chosen: Options, log: Any, say: Say | None = N
         InputError: the parser or the builder refuses the graph (every node named by module path), a dynamic axis has
             no range, or the timing cache does not fit.
         EnvironmentMissing: the device has too little memory, or no such DLA core.
+        KeyboardInterrupt: Ctrl-C, once TensorRT has finished the step it was at.
     """
     trt.init_libnvinfer_plugins(log, "")
     builder = trt.Builder(log)
@@ -97,15 +102,53 @@ def build(trt: Any, graph: Graph, chosen: Options, log: Any, say: Say | None = N
     profile = _profile(builder, network, chosen.dynamic)
     if profile is not None:
         config.add_optimization_profile(profile)
-    config.progress_monitor = monitor = _monitor(trt, say)
+    pressed = threading.Event()
+    config.progress_monitor = monitor = _monitor(trt, say, pressed)
     cache = _timing_cache(config, chosen)
     dla = _dla(trt, builder, network, config, chosen) if chosen.dla is not None else None
-    plan = builder.build_serialized_network(network, config)
+    with _interrupts(pressed):
+        plan = builder.build_serialized_network(network, config)
+    if pressed.is_set():
+        raise KeyboardInterrupt
     if plan is None:
         raise _failed(log.messages)
     built = Built(plan, bytes(config.get_timing_cache().serialize()), dla)
     del monitor, cache  # until here: TensorRT keeps no references of its own
     return built
+
+
+def check_ranges(shapes: Mapping[str, Sequence[Any]], ranges: trt_options.Ranges) -> None:
+    """Refuse ranges that are not those of the dynamic axes.
+
+    Args:
+        shapes: of the inputs, by name; a dynamic axis is -1, a name or None.
+        ranges: see :class:`edgecompile.targets.trt.options.Options`.
+
+    Raises:
+        InputError: an input or axis is not there or not dynamic, or a dynamic axis has no range.
+    """
+    for name, axes in ranges.items():
+        if name not in shapes:
+            names = ", ".join(map(repr, shapes))
+            raise InputError(
+                f"the model has no input {name!r}", did_you_mean(name, shapes) or f"its inputs are {names}"
+            )
+        for axis in axes:
+            if axis >= len(shapes[name]) or _fixed(shapes[name][axis]):
+                shown = "x".join(map(str, shapes[name]))
+                raise InputError(f"axis {axis} of input {name!r} is not dynamic", f"its shape is {shown}")
+    for name, shape in shapes.items():
+        missing = [i for i, extent in enumerate(shape) if not _fixed(extent) and i not in ranges.get(name, {})]
+        if missing:
+            raise InputError(
+                f"axis {missing[0]} of input {name!r} has no range",
+                "TensorRT needs the least, usual and largest extent",
+                f"give --dynamic {name}:{missing[0]}=MIN:OPT:MAX",
+            )
+
+
+def _fixed(extent: Any) -> bool:
+    return isinstance(extent, int) and extent >= 0
 
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -141,30 +184,16 @@ def _configure(trt: Any, config: Any, chosen: Options) -> None:
 
 def _profile(builder: Any, network: Any, ranges: trt_options.Ranges) -> Any:
     """One optimisation profile over every dynamic input, None if there is none."""
-    inputs = [network.get_input(i) for i in range(network.num_inputs)]
-    unknown = ranges.keys() - {t.name for t in inputs}
-    if unknown:
-        names = ", ".join(repr(t.name) for t in inputs)
-        raise InputError(f"the model has no input {min(unknown)!r}", f"its inputs are {names}")
+    inputs = (network.get_input(i) for i in range(network.num_inputs))
+    shapes = {t.name: tuple(t.shape) for t in inputs}
+    check_ranges(shapes, ranges)
     profile = None
-    for tensor in inputs:
-        shape, axes = tuple(tensor.shape), ranges.get(tensor.name, {})
-        for axis in axes:
-            if axis >= len(shape) or shape[axis] != -1:
-                raise InputError(f"axis {axis} of input {tensor.name!r} is not dynamic", f"its shape is {shape}")
-        missing = [i for i, extent in enumerate(shape) if extent == -1 and i not in axes]
-        if missing:
-            raise InputError(
-                f"axis {missing[0]} of input {tensor.name!r} has no range",
-                "TensorRT needs the least, usual and largest extent",
-                f"give --dynamic {tensor.name}:{missing[0]}=MIN:OPT:MAX",
-            )
-        if axes:
-            profile = builder.create_optimization_profile() if profile is None else profile
-            least, usual, most = (
-                tuple(axes[i][k] if i in axes else extent for i, extent in enumerate(shape)) for k in range(3)
-            )
-            profile.set_shape(tensor.name, least, usual, most)
+    for name, axes in ranges.items():
+        profile = builder.create_optimization_profile() if profile is None else profile
+        least, usual, most = (
+            tuple(axes[i][k] if i in axes else extent for i, extent in enumerate(shapes[name])) for k in range(3)
+        )
+        profile.set_shape(name, least, usual, most)
     return profile
 
 
@@ -193,8 +222,21 @@ def _dla(trt: Any, builder: Any, network: Any, config: Any, chosen: Options) -> 
     return Dla(len(fits), sum(fits), sum(1 for takes, _ in itertools.groupby(fits) if takes))
 
 
-def _monitor(trt: Any, say: Say | None) -> Any:
-    """Progress of the build, one line per phase and tenth of its steps."""
+@contextlib.contextmanager
+def _interrupts(pressed: threading.Event) -> Iterator[None]:
+    """Set ``pressed`` on Ctrl-C; an exception between two steps would be lost in TensorRT, which calls from C++."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: pressed.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _monitor(trt: Any, say: Say | None, stop: threading.Event) -> Any:
+    """Progress of the build, one line per phase and tenth of its steps; ``stop`` ends it after the next step."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self):
@@ -208,7 +250,7 @@ def _monitor(trt: Any, say: Say | None) -> Any:
             tenth = max(self.steps.get(phase_name, 1) // 10, 1)
             if say is not None and step % tenth == 0:
                 say(f"{phase_name}: {step}/{self.steps.get(phase_name, 0)}")
-            return True
+            return not stop.is_set()
 
         def phase_finish(self, phase_name):
             self.steps.pop(phase_name, None)

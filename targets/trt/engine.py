@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from edgecompile.device import Device
 from edgecompile.graph import Graph
 from edgecompile.target import Engine, EngineManifest, LayerTime
 from edgecompile.targets.trt import layers as trt_layers
-from edgecompile.targets.trt.device import Device
 from edgecompile.targets.trt.options import Options
 from edgecompile.targets.trt.session import TrtSession
 

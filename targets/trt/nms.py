@@ -23,11 +23,11 @@ from onnx import TensorProto, helper
 
 from edgecompile.errors import InputError
 from edgecompile.graph import Graph, Tensor
+from edgecompile.targets.trt.options import MOST_BOXES
 
 DOMAIN, OPERATOR = "TRT", "EfficientNMS_TRT"
 OUTPUTS = ("num_detections", "detection_boxes", "detection_scores", "detection_classes")
 _OPSET = 14  # the least at which every operator of the body has its present form
-_LIMIT = 3840  # TensorRT's TopK keeps fewer
 
 
 def append(graph: Graph, score: float = 0.05, iou: float = 0.7, boxes: int = 100) -> Graph:
@@ -48,11 +48,11 @@ def append(graph: Graph, score: float = 0.05, iou: float = 0.7, boxes: int = 100
     Raises:
         InputError: the outputs are not such, a number is out of its range, or the opset is older than 14.
     """
-    if not (0 <= score <= 1 and 0 <= iou <= 1 and 1 <= boxes < _LIMIT):
+    if not (0 <= score <= 1 and 0 <= iou <= 1 and 1 <= boxes <= MOST_BOXES):
         raise InputError(
             "the suppression cannot be as asked",
             f"score={score:g}, iou={iou:g}, boxes={boxes}",
-            f"scores and overlaps are from 0 to 1, and 1 to {_LIMIT - 1} boxes may be kept",
+            f"scores and overlaps are from 0 to 1, and 1 to {MOST_BOXES} boxes may be kept",
         )
     if graph.opsets.get("", 0) < _OPSET:
         raise InputError("the model cannot suppress boxes", f"its opset is older than {_OPSET}", "export it again")
@@ -99,10 +99,14 @@ def _ends(graph: Graph) -> tuple[Tensor, Tensor]:
         raise InputError(
             "the model is no detector whose boxes can be suppressed",
             f"its outputs are {', '.join(f'{t.name} {s}' for t, s in zip(graph.outputs, shapes, strict=True))}",
-            "it needs the outputs scores [N, boxes, classes] and boxes [N, boxes, 4], and no others",
+            "leave out nms, or give the model the outputs scores [N, boxes, classes] and boxes [N, boxes, 4] alone",
         )
     if not floats:
-        raise InputError("the scores and boxes must be float32", "the model's outputs are narrower", "use io=float32")
+        raise InputError(
+            "the scores and boxes must be float32",
+            "the model's outputs are of another type",
+            "end the model in a Cast to float32",
+        )
     return scores[0], corners[0]
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from edgecompile.errors import EnvironmentMissing, InputError
+from edgecompile.errors import EnvironmentMissing, InputError, did_you_mean
+from edgecompile.target import read_flag, read_size
 from edgecompile.targets.trt.plan import HARDWARE_LEVELS
 from edgecompile.targets.trt.probe import Facts
+
+MOST_BOXES = 3839  # that a suppression may keep: TensorRT's TopK, which stands for it, keeps fewer than 3840
 
 Ranges = Mapping[str, Mapping[int, tuple[int, int, int]]]
 
@@ -39,16 +41,16 @@ class Options:
     tf32: bool = False
     cuda_graph: bool = True
     transfers: bool = False
+    nms: bool = False
+    nms_score: float = 0.05
+    nms_iou: float = 0.7
+    nms_boxes: int = 100
 
     def recorded(self) -> dict[str, Any]:
         """The options for the manifest, in a form that :func:`parse` reads again."""
         values = asdict(self)
-        values["dynamic"] = ",".join(
-            f"{name}:{axis}={least}:{usual}:{most}"
-            for name, axes in self.dynamic.items()
-            for axis, (least, usual, most) in axes.items()
-        )
-        sizes = {f.name: _text_size(values[f.name]) for f in fields(self) if _PARSERS[f.name] is _size}
+        values["dynamic"] = _spelled(self.dynamic)
+        sizes = {name: "" if values[name] is None else str(values[name]) for name in _SIZES}
         return values | sizes | {"dla": "" if self.dla is None else self.dla}
 
 
@@ -72,6 +74,10 @@ HELP: Mapping[str, str] = {
     "tf32": "let float32 be rounded to TF32 inside convolutions and matrix products: faster, errors near 1e-3",
     "cuda_graph": "replay one CUDA graph per call instead of launching kernel by kernel",
     "transfers": "include the copies of inputs and outputs in what is timed",
+    "nms": "let a detector's engine also suppress boxes (plugin EfficientNMS_TRT); four outputs follow the model's own",
+    "nms_score": "with nms, drop boxes of at most this score, from 0 to 1",
+    "nms_iou": "with nms, drop the lesser of two boxes of a class that overlap by more than this share of their union",
+    "nms_boxes": "with nms, boxes kept per image over all classes",
 }
 
 
@@ -86,15 +92,10 @@ def parse(given: Mapping[str, Any]) -> Options:
         if name.startswith("_"):
             continue
         if name not in HELP:
-            close = difflib.get_close_matches(name, HELP, 1)
             raise InputError(
-                f"target trt has no option {name!r}",
-                f"did you mean {close[0]!r}?" if close else f"it has {', '.join(HELP)}",
+                f"target trt has no option {name!r}", did_you_mean(name, HELP) or f"it has {', '.join(HELP)}"
             )
-        try:
-            values[name] = _PARSERS[name](value)
-        except (ValueError, TypeError):
-            raise InputError(f"{name}={value} cannot be read", HELP[name]) from None
+        values[name] = _PARSERS[name](name, value)
     chosen = Options(**values)
     if chosen.replay and not chosen.timing_cache:
         raise InputError("replay needs a timing cache", "there is nothing to replay", "give timing_cache=FILE")
@@ -102,6 +103,9 @@ def parse(given: Mapping[str, Any]) -> Options:
         raise InputError("a DLA memory pool has no effect", "the engine is for the GPU", "give dla=0")
     if chosen.weight_budget is not None and not chosen.weight_streaming:
         raise InputError("weight_budget has no effect", "weights are not streamed", "give weight_streaming=true")
+    for name in ("nms_score", "nms_iou", "nms_boxes"):
+        if not chosen.nms and getattr(chosen, name) != getattr(Options, name):
+            raise InputError(f"{name} has no effect", "no boxes are suppressed", "give nms=true")
     return chosen
 
 
@@ -158,82 +162,81 @@ def digest(cache: bytes) -> str:
 
 # -- text to values ----------------------------------------------------------------------------------------------------
 
-_UNITS = {"": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
+_Reader = Callable[[str, Any], Any]
 
 
-def _flag(value: Any) -> bool:
-    text = str(value).lower()
-    if text not in ("true", "false", "1", "0", "yes", "no"):
-        raise ValueError
-    return text in ("true", "1", "yes")
-
-
-def _size(value: Any) -> int | None:
-    text = str(value)
-    if value is None or not text:
-        return None
-    unit = text[-3:] if text[-3:] in _UNITS else ""
-    size = int(float(text.removesuffix(unit)) * _UNITS[unit])
-    if size <= 0:
-        raise ValueError
-    return size
-
-
-def _text_size(size: int | None) -> str:
-    return "" if size is None else str(size)
-
-
-def _within(least: int, most: int) -> Callable[[Any], int]:
-    def parse_whole(value: Any) -> int:
-        number = int(str(value))
-        if not least <= number <= most:
-            raise ValueError
-        return number
-
-    return parse_whole
-
-
-def _core(value: Any) -> int | None:
-    return None if value is None or str(value) == "" else _within(0, 15)(value)
-
-
-def _level(value: Any) -> str:
-    if str(value) not in HARDWARE_LEVELS:
-        raise ValueError
+def _text(name: str, value: Any) -> str:
     return str(value)
 
 
-def _ranges(value: Any) -> Ranges:
-    if isinstance(value, Mapping):
-        return {
-            str(n): {int(a): (int(r[0]), int(r[1]), int(r[2])) for a, r in axes.items()} for n, axes in value.items()
-        }
+def _size(name: str, value: Any) -> int | None:
+    return None if value is None or str(value) == "" else read_size(name, value)
+
+
+def _whole(least: int, most: int) -> _Reader:
+    def read(name: str, value: Any) -> int:
+        if not str(value).isdecimal() or not least <= int(value) <= most:
+            raise InputError(f"{name}={value} is not a whole number from {least} to {most}", HELP[name])
+        return int(value)
+
+    return read
+
+
+def _share(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 <= number <= 1:
+        raise InputError(f"{name}={value} is not a number from 0 to 1", HELP[name])
+    return number
+
+
+def _core(name: str, value: Any) -> int | None:
+    return None if value is None or str(value) == "" else _whole(0, 15)(name, value)
+
+
+def _level(name: str, value: Any) -> str:
+    if str(value) not in HARDWARE_LEVELS:
+        why = did_you_mean(str(value), HARDWARE_LEVELS) or f"there are {', '.join(HARDWARE_LEVELS)}"
+        raise InputError(f"{name}={value} is not known", why)
+    return str(value)
+
+
+def _spelled(ranges: Ranges) -> str:
+    return ",".join(
+        f"{name}:{axis}={least}:{usual}:{most}"
+        for name, axes in ranges.items()
+        for axis, (least, usual, most) in axes.items()
+    )
+
+
+def _ranges(name: str, value: Any) -> Ranges:
     from edgecompile.frontend import parse_dynamics
 
-    found = parse_dynamics(filter(None, str(value).split(",")))
+    try:
+        text = _spelled(value) if isinstance(value, Mapping) else str(value)
+    except (AttributeError, TypeError, ValueError):
+        raise InputError(f"{name}={value} cannot be read", HELP[name]) from None
+    found = parse_dynamics(filter(None, text.split(",")))
     return {name: {axis: tuple(extent) for axis, extent in axes.items()} for name, axes in found.items()}  # type: ignore[misc]
 
 
-_PARSERS: Mapping[str, Callable[[Any], Any]] = {
-    "level": _within(0, 5),
-    "timing_cache": str,
+_SIZES = ("workspace", "dla_sram", "dla_local", "dla_global", "weight_budget")
+_FLAGS = (
+    *("replay", "version_compatible", "dla_fallback", "refit", "weight_streaming", "sparsity", "tf32", "cuda_graph"),
+    *("transfers", "nms"),
+)
+_PARSERS: Mapping[str, _Reader] = {
+    "level": _whole(0, 5),
+    "timing_cache": _text,
     "dynamic": _ranges,
     "hardware": _level,
     "dla": _core,
-    **dict.fromkeys(("workspace", "dla_sram", "dla_local", "dla_global", "weight_budget"), _size),
-    **dict.fromkeys(
-        (
-            "replay",
-            "version_compatible",
-            "dla_fallback",
-            "refit",
-            "weight_streaming",
-            "sparsity",
-            "tf32",
-            "cuda_graph",
-            "transfers",
-        ),
-        _flag,
-    ),
+    "nms_score": _share,
+    "nms_iou": _share,
+    "nms_boxes": _whole(1, MOST_BOXES),
+    **dict.fromkeys(_SIZES, _size),
+    **dict.fromkeys(_FLAGS, read_flag),
 }
 OPTIONS: Mapping[str, tuple[Any, str]] = {name: (Options().recorded()[name], text) for name, text in HELP.items()}

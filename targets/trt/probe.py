@@ -8,9 +8,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from edgecompile import device as cuda
+from edgecompile.device import Device
 from edgecompile.errors import EdgecompileError, EnvironmentMissing
 from edgecompile.target import Capability
-from edgecompile.targets.trt.device import Device, open_device
 from edgecompile.targets.trt.plan import Machine
 
 FIX = "pip install 'edgecompile[trt]' (on a Jetson: sudo apt-get install python3-libnvinfer)"
@@ -107,7 +108,7 @@ def capabilities() -> Iterator[Capability]:
         detail += f"; without {', '.join(known.unused_flags)}"
     yield Capability("TensorRT", True, known.version, detail)
     try:
-        device = open_device()
+        device = cuda.open_device()
         cores = int(trt.Runtime(trt.Logger(trt.ILogger.Severity.ERROR)).num_DLA_cores)
     except EdgecompileError as error:
         yield Capability("TensorRT device", False, detail=error.why or error.what, fix=error.fix)

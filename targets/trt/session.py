@@ -14,13 +14,13 @@ from typing import Any
 
 import numpy as np
 
+from edgecompile import device as cuda
+from edgecompile.device import Buffer, Device
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.target import Capability, EngineManifest
-from edgecompile.targets.trt import device as trt_device
 from edgecompile.targets.trt import options as trt_options
 from edgecompile.targets.trt import plan
 from edgecompile.targets.trt import probe as trt_probe
-from edgecompile.targets.trt.device import Buffer, Device
 from edgecompile.targets.trt.options import Options
 
 _WARM_RUNS = 3
@@ -351,16 +351,25 @@ def verified(folder: Path, manifest: EngineManifest) -> tuple[Any, Device, Engin
         InputError: the file is damaged, or is not an engine of ours.
         EnvironmentMissing: there is no engine yet, no TensorRT or no device, or it was built for another one.
     """
-    # The engine holds the ranges of its dynamic axes; reading them takes more than a board has.
-    chosen = trt_options.parse({name: value for name, value in manifest.options.items() if name != "dynamic"})
+    chosen = options(manifest)
     if not manifest.files:
         raise EnvironmentMissing(
             f"{folder} holds no engine yet", "it was prepared without TensorRT", f"run edgecompile build {folder}"
         )
     trt = trt_probe.runtime()
-    device, log = trt_device.open_device(), logger(trt)
+    device, log = cuda.open_device(), logger(trt)
     _, payload = plan.read(folder / manifest.files[0], trt_probe.machine(trt, device, log))
     return trt, device, manifest, chosen, payload, log
+
+
+def options(manifest: EngineManifest) -> Options:
+    """The options of an engine, but for the ranges of its dynamic axes: it holds them, and reading them takes more than
+    a board has.
+
+    Raises:
+        InputError: one cannot be used.
+    """
+    return trt_options.parse({name: value for name, value in manifest.options.items() if name != "dynamic"})
 
 
 def probe() -> Iterable[Capability]:

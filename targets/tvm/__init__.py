@@ -12,7 +12,7 @@ import importlib.util
 import json
 import platform
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 from edgecompile import measure
 from edgecompile.errors import EnvironmentMissing, InputError, missing_extra
 from edgecompile.files import write_atomic
-from edgecompile.graph import Graph
+from edgecompile.graph import Graph, named
 from edgecompile.target import Capability, Engine, EngineManifest, Target
 from edgecompile.targets.tvm import lower
 from edgecompile.targets.tvm import options as tvm_options
@@ -36,13 +36,18 @@ class TvmTarget(Target):
 
     name: ClassVar[str] = "tvm"
     options: ClassVar[Mapping[str, tuple[Any, str]]] = tvm_options.OPTIONS
-    pipelines: ClassVar[Mapping[str, str]] = {"fp32": "clean,fold_norm,reparam,legalize{target=tvm},clean"}
+    pipelines: ClassVar[Mapping[str, str]] = {
+        "fp32": "clean,fold_norm,reparam,legalize{target=tvm},clean",
+        "int8": "clean,fold_norm,reparam,legalize{target=tvm},clean,quantize{rules=tvm}",
+    }
 
     def probe(self) -> Sequence[Capability]:
         """TVM, the CPU it compiles for by default, and the linkers."""
         return list(_capabilities())
 
-    def build(self, graph: Graph, folder: Path, options: Mapping[str, Any]) -> Engine:
+    def build(
+        self, graph: Graph, folder: Path, options: Mapping[str, Any], say: Callable[[str], None] | None = None
+    ) -> Engine:
         """See :meth:`edgecompile.target.Target.build`; writes :data:`ENGINE` and :data:`KERNELS`.
 
         An engine for another kind of device is built and linked; only running it raises EnvironmentMissing.
@@ -50,13 +55,13 @@ class TvmTarget(Target):
         runtime()
         chosen = tvm_options.parse(options)
         tvm_options.require_linker(chosen)
-        named = lower.named(graph)
-        kernels = lower.build(named, chosen, folder / ENGINE)
+        source = named(graph)
+        kernels = lower.build(source, chosen, folder / ENGINE, say)
         write_atomic(folder / KERNELS, [json.dumps(kernels, indent=0).encode()])
         recorded = {name: options.get(name, default) for name, (default, _) in self.options.items()}
         versions = {package: version(package) for package in ("apache-tvm", "apache-tvm-ffi")}
         manifest = EngineManifest(self.name, (ENGINE, KERNELS), versions, tvm_options.device(chosen), recorded)
-        return TvmEngine(manifest, chosen, folder / ENGINE, named, kernels)
+        return TvmEngine(manifest, chosen, folder / ENGINE, source, kernels)
 
     def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
         """See :meth:`edgecompile.target.Target.load`; the library is not touched before it is known to fit."""
@@ -67,7 +72,7 @@ class TvmTarget(Target):
             kernels = json.loads((folder / KERNELS).read_text())
         except (OSError, ValueError) as error:
             raise InputError(f"{folder / KERNELS} cannot be read", str(error), _REBUILD) from None
-        return TvmEngine(manifest, chosen, folder / ENGINE, lower.named(graph), kernels)
+        return TvmEngine(manifest, chosen, folder / ENGINE, named(graph), kernels)
 
 
 def runtime():

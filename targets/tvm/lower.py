@@ -11,30 +11,17 @@ import contextlib
 import io
 import re
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgecompile.errors import EdgecompileError, InputError
 from edgecompile.graph import Graph, provenance, where
-from edgecompile.targets.tvm import schedules
+from edgecompile.targets.tvm import int8, schedules, shift_add
 from edgecompile.targets.tvm.options import Options
 
 _NUMBER = re.compile(r"node_(\d+)(?:_.*)?")
 _OPSETS = range(7, 25)
-
-
-def named(graph: Graph) -> Graph:
-    """A copy in which every node has a name of its own: that of the node, else of its first output."""
-    copy, taken = graph.copy(), set[str]()
-    for node in copy.walk():
-        label, count = node.name or node.outputs[0].name, 0
-        node.name = label
-        while node.name in taken:
-            count += 1
-            node.name = f"{label}_{count}"
-        taken.add(node.name)
-    return copy
 
 
 def check(graph: Graph) -> None:
@@ -51,7 +38,12 @@ def check(graph: Graph) -> None:
             f"TVM cannot take opset {opset}", f"it is tested with {_OPSETS[0]} to {_OPSETS[-1]}", "export with another"
         )
     known = {*onnx_frontend._get_convert_map(), "If", "Constant"}
-    refused = [n for n in graph.walk() if n.domain not in (None, "", "ai.onnx") or n.op not in known]
+    coded = {(shift_add.DOMAIN, op) for op in shift_add.OPERATORS}
+    refused = [
+        n
+        for n in graph.walk()
+        if (n.domain, n.op) not in coded and (n.domain not in (None, "", "ai.onnx") or n.op not in known)
+    ]
     if refused:
         raise InputError(
             f"TVM has no operator for {', '.join(where(n) for n in refused[:5])}",
@@ -67,13 +59,14 @@ def check(graph: Graph) -> None:
             )
 
 
-def build(graph: Graph, chosen: Options, path: Path) -> list[dict[str, Any]]:
+def build(graph: Graph, chosen: Options, path: Path, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
     """Compile ``graph`` into a shared library.
 
     Args:
-        graph: the graph, its nodes named by :func:`named`.
+        graph: the graph, its nodes named by :func:`edgecompile.graph.named`.
         chosen: the options.
         path: the library to write.
+        say: told how coded weights are computed.
 
     Returns:
         for each kernel in the order of execution: its symbol and the names of the nodes it stands for.
@@ -85,7 +78,7 @@ def build(graph: Graph, chosen: Options, path: Path) -> list[dict[str, Any]]:
     from tvm import relax
 
     check(graph)
-    module = _imported(graph)
+    module = _imported(graph, chosen, say)
     target = tvm.target.Target(dict(chosen.target))
     try:
         with target, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
@@ -102,7 +95,7 @@ def build(graph: Graph, chosen: Options, path: Path) -> list[dict[str, Any]]:
     return kernels
 
 
-def _imported(graph: Graph):
+def _imported(graph: Graph, chosen: Options, say: Callable[[str], None] | None):
     """The Relax module; the variable that holds the result of node i is called ``node_i``."""
     from tvm import relax
     from tvm.relax.frontend.onnx import onnx_frontend
@@ -110,11 +103,19 @@ def _imported(graph: Graph):
     nodes = {node.name: (index, node) for index, node in enumerate(graph.walk())}
 
     class Importer(onnx_frontend.ONNXGraphImporter):
+        def _check_for_unsupported_ops(self, graph):
+            """Done before, by :func:`check`, which knows our own operators."""
+
         def _convert_operator(self, op_name, inputs, attrs, opset):
             index, node = nodes[attrs["tvm_custom"]["name"]]
             try:
                 if op_name == "Clip" and (clip := _clip(inputs)) is not None:
                     return self.bb.emit(clip, f"node_{index}")
+                if node.domain == shift_add.DOMAIN:
+                    result, how = shift_add.convert(self.bb, op_name, list(inputs), attrs, chosen)
+                    if say is not None:
+                        say(f"{where(node)}: {how}")
+                    return self.bb.emit(result, f"node_{index}")
                 result = super()._convert_operator(op_name, inputs, attrs, opset)
             except Exception as error:  # the importer raises whatever it meets
                 raise InputError(f"TVM cannot take {where(node)}", _last_line(error)) from error
@@ -150,11 +151,13 @@ def _loops(module, chosen: Options):
     from tvm import relax
 
     own = chosen.schedules and not chosen.cuda
+    module = int8.integers(module) if own else module
     steps = [
         relax.transform.DecomposeOpsForInference(),
         *(schedules.layout() if own else ()),
         relax.transform.CanonicalizeBindings(),
         relax.transform.FoldConstant(),
+        *((tvm.transform.module_pass(lambda m, _: int8.lowered(m, chosen), opt_level=0),) if own else ()),
         *((relax.transform.LegalizeOps(schedules.legalizations(chosen)),) if own else ()),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),

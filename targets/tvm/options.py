@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import platform
 import shutil
 from collections.abc import Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgecompile import measure
-from edgecompile.errors import EnvironmentMissing, InputError
+from edgecompile.errors import EnvironmentMissing, InputError, did_you_mean
 from edgecompile.target import read_flag, read_threads
 
 OPTIONS: Mapping[str, tuple[Any, str]] = {
@@ -20,8 +19,14 @@ OPTIONS: Mapping[str, tuple[Any, str]] = {
     "mtriple": ("", "target triple of a cross-compilation, e.g. aarch64-linux-gnu"),
     "linker": ("", "compiler that links the library; the machine's own, or TRIPLE-gcc"),
     "arch": ("", "CUDA architecture, e.g. sm_87: compile for a GPU instead of the CPU"),
+    "winograd": (True, "Winograd's algorithm for 3x3 convolutions where it pays and its error stays below 1e-5"),
+    "activations": (
+        "float32",
+        "what meets coded weights (pass shift_add): float32; int8 rounds each token to 8 bits where that pays",
+    ),
     "schedules": (True, "use edgecompile's own schedules; without them every operator gets TVM's default lowering"),
 }
+_ACTIVATIONS = ("float32", "int8")
 THREADS_PER_BLOCK, SHARED_BYTES, WARP = 1024, 48 << 10, 32  # what every CUDA device since sm_50 has
 
 # Features that Linux names one way and LLVM another, by the first word of the triple.
@@ -54,6 +59,8 @@ class Options:
         machine: first word of the triple: ``x86_64``, ``aarch64``.
         linker: the compiler that links, ``""`` for TVM's own choice.
         schedules: whether to use our own schedules.
+        winograd: whether convolutions may use Winograd's algorithm.
+        integers: whether activations that meet coded weights may be rounded to 8 bits.
     """
 
     threads: int
@@ -61,6 +68,8 @@ class Options:
     machine: str
     linker: str
     schedules: bool
+    winograd: bool
+    integers: bool
 
     @property
     def cuda(self) -> str:
@@ -81,10 +90,8 @@ def parse(given: Mapping[str, Any]) -> Options:
     """
     for name in given:
         if name not in OPTIONS:
-            close = difflib.get_close_matches(name, OPTIONS, 1)
             raise InputError(
-                f"target tvm has no option {name!r}",
-                f"did you mean {close[0]!r}?" if close else f"it has {', '.join(OPTIONS)}",
+                f"target tvm has no option {name!r}", did_you_mean(name, OPTIONS) or f"it has {', '.join(OPTIONS)}"
             )
     value = {name: given.get(name, default) for name, (default, _) in OPTIONS.items()}
     triple = str(value["mtriple"])
@@ -107,7 +114,11 @@ def parse(given: Mapping[str, Any]) -> Options:
             "host": host,
         }
     linker = str(value["linker"]) or (f"{machine}-linux-gnu-gcc" if machine != platform.machine() else "")
-    return Options(read_threads(value["threads"]), target, machine, linker, read_flag("schedules", value["schedules"]))
+    flags = [read_flag(name, value[name]) for name in ("schedules", "winograd")]
+    if value["activations"] not in _ACTIVATIONS:
+        raise InputError(f"activations={value['activations']} is not known", f"it may be {' or '.join(_ACTIVATIONS)}")
+    integers = value["activations"] == "int8"
+    return Options(read_threads(value["threads"]), target, machine, linker, *flags, integers)
 
 
 def _cpu(machine: str, triple: str, mcpu: str, mattr: str) -> dict[str, Any]:

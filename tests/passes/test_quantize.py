@@ -323,3 +323,12 @@ def test_mobilenet_keeps_its_predictions():
 
 def level_of(graph: Graph, reference: Graph, feeds) -> float:
     return qdq.snr(map(qdq.kernels(reference), feeds), map(qdq.kernels(graph), feeds))
+
+
+@pytest.mark.parametrize("count", [1, 32, 33, 64, 500])
+def test_samples_are_taken_from_all_of_the_data(count):
+    feeds = [{"x": np.full(1, i)} for i in range(count)]
+    found = [int(one["x"][0]) for one in quantize._thinned(iter(feeds))]
+    steps = set(np.diff(found).tolist())
+    assert len(steps) <= 1 and min(count, 16) <= len(found) <= 32
+    assert found[0] == 0 and found[-1] + max(steps, default=1) >= count

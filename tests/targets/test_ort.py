@@ -21,6 +21,7 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgecompile import measure, oracle
+from edgecompile.calibration_data import open_data
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph, Provenance, provenance
 from edgecompile.target import EngineManifest, LayerTime
@@ -246,6 +247,67 @@ def test_layers_of_the_zoo(name, dynamo, tmp_path):
     layers = build(graph, tmp_path).layers(feeds, repeats=5)
     check_layers(graph, layers)
     assert mapped(layers) >= 0.95
+
+
+# -- layers on integers ------------------------------------------------------------------------------------------------
+
+INTEGER_KERNELS = ("QLinearConv", "QGemm", "QLinearMatMul", "MatMulIntegerToFloat")
+
+
+def quantized(graph: Graph) -> Graph:
+    from edgecompile.passes.quantize import Quantize
+    from edgecompile.pipeline import Context
+
+    context, made = Context(), graph.copy()
+    context.calibration = open_data([feeds_of(graph, seed) for seed in range(3)], graph.signature().inputs)
+    context.begin("quantize")
+    Quantize(ends="int8").run(made, context)
+    return made
+
+
+def check_integer_layers(graph: Graph, folder: Path) -> list[LayerTime]:
+    """Every layer of an int8 graph is executed by one kernel, which stands for it and what is fused with it alone."""
+    layers = build(graph, folder).layers(feeds_of(graph))
+    ops = {node.name: node.op for node in graph.nodes}
+    modules = {node.name: provenance(node).modules for node in graph.nodes}
+    reads = {n.name: [t.inputs[0].op for t in n.inputs[:2] if t.inputs] for n in graph.nodes if n.op in HEAVY}
+    wanted = {name for name, before in reads.items() if before == ["DequantizeLinear"] * 2}
+    kernels = [t for t in layers if t.op in INTEGER_KERNELS]
+    assert collections.Counter(n for t in kernels for n in t.nodes if n in wanted) == collections.Counter(wanted)
+    for layer in kernels:
+        own = [op for op in (ops[n] for n in layer.nodes) if op != "DequantizeLinear"]
+        after = own[1:-1] if own[-1] == "QuantizeLinear" else own[1:]
+        assert own[0] in HEAVY and after in ([], ["Relu"], ["Clip"], ["Add"]), own
+        computes = [n for n in layer.nodes if ops[n] not in ("QuantizeLinear", "DequantizeLinear")]
+        assert set(layer.modules) == {m for n in computes for m in modules[n]}, "modules of its neighbours"
+    for layer in layers:
+        assert sum(n in wanted for n in layer.nodes) <= 1, "work of several layers for one kernel"
+    return kernels
+
+
+def test_kernels_on_integers_name_the_nodes_they_replaced(exported, tmp_path):
+    graph = quantized(exported[0])
+    assert len(check_integer_layers(graph, tmp_path)) > 3
+
+
+@pytest.mark.parametrize("name", ["Transpose", "conv_token_3"])
+def test_names_that_look_like_those_of_the_runtime_mislead_nobody(exported, tmp_path, name):
+    graph = quantized(exported[0])
+    conv = next(n for n in graph.nodes if n.op == "Conv")
+    conv.name = name
+    found = check_integer_layers(graph, tmp_path)
+    assert [t.op for t in found if name in t.nodes] == ["QLinearConv"]
+
+
+def test_a_kernel_is_not_given_what_another_still_computes(exported):
+    source = quantized(exported[0])
+    conv = next(n for n in source.nodes if n.op == "Conv" and n.outputs[0].outputs[0].op == "Relu")
+    after, last = conv.outputs[0].outputs[0], conv.outputs[0].outputs[0].outputs[0].outputs[0]
+    assert last.op == "QuantizeLinear"
+    gone = target_module._quantized_after(conv, frozenset())
+    assert gone == [after.outputs[0].name, last.outputs[0].name]
+    for left in (after.name, last.name, last.outputs[0].name):
+        assert not target_module._quantized_after(conv, frozenset([left]))
 
 
 def test_profiler_overhead_is_taken_off():

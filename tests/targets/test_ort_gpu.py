@@ -20,11 +20,11 @@ import pytest
 from onnx import TensorProto, helper
 
 from edgecompile import bench, oracle
+from edgecompile import device as device_module
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph
 from edgecompile.targets import ort_session
 from edgecompile.targets.ort import OrtTarget
-from edgecompile.targets.trt import device as device_module
 
 ort = pytest.importorskip("onnxruntime")
 sys.path.insert(0, str(Path(__file__).parent / "trt"))
@@ -388,7 +388,8 @@ def test_the_package_for_the_cpu_is_refused(tmp_path, provider):
         ({"cuda.use_tf32": "maybe"}, "neither true nor false"),
         ({"cuda.user_compute_stream": "1"}, "a stream of its own"),
         ({"cuda.enable_cuda_graph": "1", "transfers": "1"}, "cannot be part of a CUDA graph"),
-        ({"tensorrt.trt_dla_core": "0"}, "add providers=tensorrt"),
+        ({"tensorrt.trt_auxiliary_streams": "0"}, "add providers=tensorrt"),
+        ({"providers": "tensorrt", "tensorrt.trt_dla_enable": "1"}, "use --target trt --option dla=0"),
         ({"providers": "tensorrt", "tensorrt.trt_fp16_enable": "1"}, "precision belongs to the graph"),
         ({"providers": "tensorrt", "tensorrt.trt_int8_enable": "0"}, "precision belongs to the graph"),
         ({"providers": "tensorrt", "tensorrt.trt_builder_optimization_level": "9"}, "from 0 to 5"),

@@ -229,9 +229,29 @@ def test_graphs_and_options_that_cannot_be_used(tmp_path):
     for graph, words in ((one_node("Relu", "n", 3), "static"), (one_node("Relu", 3, opset=6), "opset 6")):
         with pytest.raises(InputError, match=words):
             TvmTarget().build(graph, tmp_path, ONE)
-    for bad in ({"thread": 1}, {"threads": 0}, {"arch": "87"}, {"mtriple": "riscv64-linux"}, {"schedules": "maybe"}):
+    for bad in (
+        {"thread": 1},
+        {"threads": 0},
+        {"arch": "87"},
+        {"mtriple": "riscv64-linux"},
+        {"schedules": "maybe"},
+        {"winograd": 2},
+    ):
         with pytest.raises(InputError):
             TvmTarget().build(one_node("Relu", 3), tmp_path, bad)
+
+
+def test_winograd_is_for_those_who_want_it(tmp_path):
+    weights = onnx.numpy_helper.from_array(weight(64, 64, 3, 3), "w")
+    node = helper.make_node("Conv", ["x", "w"], ["y"], name="/net/conv/Conv", pads=[1, 1, 1, 1])
+    value = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 64, 28, 28]) for n in "xy"]
+    proto = helper.make_graph([node], "g", value[:1], value[1:], [weights])
+    graph = Graph.from_proto(helper.make_model(proto, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
+    feeds = oracle.random_feeds(graph.signature().inputs)
+    for given, found in (({}, True), ({"winograd": "no"}, False)):
+        engine = TvmTarget().build(graph, tmp_path, {**ONE, **given})
+        assert ("winograd4" in (tmp_path / KERNELS).read_text()) == found
+        assert error(oracle.run(graph, feeds), engine.run(feeds)) < 1e-5
 
 
 def test_without_tvm(monkeypatch, tmp_path):
@@ -309,10 +329,11 @@ SLOW = pytest.mark.slow
     [
         ("efficientvit_m0", 224),
         ("litepose_xs", 64),
+        ("repvgg_a0", 224),
         *(
             pytest.param(name, models.ZOO[name].resolution, marks=SLOW)
             for name in models.names()
-            if name != "efficientvit_m0"
+            if name not in ("efficientvit_m0", "repvgg_a0")
         ),
     ],
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgecompile.targets.tvm import options
-from edgecompile.targets.tvm.schedules import activation, conv, dense, tile
+from edgecompile.targets.tvm.schedules import activation, conv, dense, depthwise, tile, transposed, winograd
 from edgecompile.targets.tvm.schedules.tile import Shape, Vectors
 
 tvm = pytest.importorskip("tvm")
@@ -24,14 +25,17 @@ def random(*shape: int) -> np.ndarray:
     return RNG.standard_normal(shape).astype(np.float32)
 
 
-def computed(chosen, define, arrays, shape, parallel=False) -> np.ndarray:
-    """What a kernel computes from arrays, once scheduled and compiled."""
+def have(chosen) -> Vectors:
+    return tile.vectors(options.device(chosen))
+
+
+def computed(chosen, define, arrays, shape, parallel=False, family: Any = tile) -> np.ndarray:
+    """What a kernel computes from arrays, once scheduled and compiled; the last arrays may be bias and residual."""
     from tvm import te
 
     inputs = [te.placeholder(a.shape, name=f"i{n}") for n, a in enumerate(arrays)]
     function = te.create_prim_func([*inputs, define(*inputs)])
-    have = tile.vectors(options.device(chosen))
-    module = tile.schedule(tvm.IRModule({"main": function}), have, parallel=parallel)
+    module = family.schedule(tvm.IRModule({"main": function}), have(chosen), parallel=parallel)
     assert "vectorized" in str(module)
     assert ("parallel" in str(module)) == parallel
     library = tvm.compile(module, target=tvm.target.Target(dict(chosen.target)))
@@ -93,32 +97,28 @@ DEPTHWISE = [
 ]
 
 
-@pytest.mark.parametrize(
-    "case, depthwise, parallel",
-    [
-        *itertools.product(CONVOLUTIONS, [False], [False]),
-        *itertools.product(DEPTHWISE, [True], [False]),
-        (CONVOLUTIONS[0], False, True),
-        (DEPTHWISE[0], True, True),
-    ],
-)
-def test_convolution(chosen, case, depthwise, parallel):
+def reference(x, weight, strides, padding, dilation=(1, 1), groups=1) -> np.ndarray:
     torch = pytest.importorskip("torch")
-    batch, height, width, inner, out, kernel, strides, padding, dilation = case
-    x, weight = random(batch, height, width, inner), random(out, *kernel, 1 if depthwise else inner)
     top, left, bottom, right = padding
-    wanted = torch.nn.functional.conv2d(
+    planar = torch.nn.functional.conv2d(
         torch.nn.functional.pad(torch.tensor(x).permute(0, 3, 1, 2), (left, right, top, bottom)),
         torch.tensor(weight).permute(0, 3, 1, 2),
         stride=strides,
         dilation=dilation,
-        groups=inner if depthwise else 1,
+        groups=groups,
     )
-    wanted = wanted.permute(0, 2, 3, 1).numpy()
+    return planar.permute(0, 2, 3, 1).numpy()
+
+
+@pytest.mark.parametrize("case, parallel", [*itertools.product(CONVOLUTIONS, [False]), (CONVOLUTIONS[0], True)])
+def test_convolution(chosen, case, parallel):
+    batch, height, width, inner, out, kernel, strides, padding, dilation = case
+    x, weight = random(batch, height, width, inner), random(out, *kernel, inner)
+    wanted = reference(x, weight, strides, padding, dilation)
     shape = choose(chosen, wanted.shape[2], out, weight[0].size)
     found = computed(
         chosen,
-        lambda i, w: conv.convolution(i, w, out, shape.rows, strides, padding, dilation, depthwise),
+        lambda i, w: conv.convolution(i, w, out, shape.rows, strides, padding, dilation, 1),
         [x, conv.pack(weight, shape.columns)],
         wanted.shape,
         parallel,
@@ -126,14 +126,50 @@ def test_convolution(chosen, case, depthwise, parallel):
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("depthwise", [False, True])
+@pytest.mark.parametrize("out, groups, left", [(24, 4, 2), (66, 2, 2), (20, 5, 1)])
+def test_grouped_convolution(chosen, out, groups, left):
+    x, weight = random(1, 6, 7, 3 * groups), random(out, 3, 3, 3)
+    wanted = reference(x, weight, (1, 1), (1, 1, 1, 1), groups=groups)
+    values, groups = conv.merged(weight, groups, 9)
+    assert groups == left
+    shape = choose(chosen, 7, out // groups, values[0].size)
+    parts = np.concatenate([conv.pack(p, shape.columns) for p in values.reshape(groups, -1, *values.shape[1:])])
+    found = computed(
+        chosen,
+        lambda i, w: conv.convolution(i, w, out, shape.rows, (1, 1), (1, 1, 1, 1), (1, 1), groups),
+        [x, parts],
+        wanted.shape,
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case, depth, parallel", [*((c, 1, False) for c in DEPTHWISE), (DEPTHWISE[0], 2, True), (DEPTHWISE[1], 3, False)]
+)
+def test_depthwise_convolution(chosen, case, depth, parallel):
+    batch, height, width, _, out, kernel, strides, padding, dilation = case
+    x, weight = random(batch, height, width, out * depth), random(out, *kernel, depth)
+    wanted = reference(x, weight, strides, padding, dilation, groups=out)
+    shape = depthwise.choose(wanted.shape[2], have(chosen))
+    found = computed(
+        chosen,
+        lambda i, w: depthwise.convolution(i, w, out, shape.rows, strides, padding, dilation),
+        [x, conv.pack(weight, shape.columns)],
+        wanted.shape,
+        parallel,
+        depthwise,
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("of_each", [False, True])
 @pytest.mark.parametrize(
     "stride, kernel, padding, extra, dilation", [(2, 4, 1, 0, 1), (2, 3, 0, 1, 1), (3, 2, 2, 0, 2)]
 )
-def test_transposed_convolution(chosen, depthwise, stride, kernel, padding, extra, dilation):
+def test_transposed_convolution(chosen, of_each, stride, kernel, padding, extra, dilation):
     torch = pytest.importorskip("torch")
-    x, weight = random(1, 5, 6, 9), random(9, 1 if depthwise else 20, kernel, kernel)
-    out = 9 if depthwise else 20
+    x, weight = random(2, 5, 6, 9), random(9, 1 if of_each else 20, kernel, kernel)
+    out = 9 if of_each else 20
     wanted = torch.nn.functional.conv_transpose2d(
         torch.tensor(x).permute(0, 3, 1, 2),
         torch.tensor(weight),
@@ -141,21 +177,142 @@ def test_transposed_convolution(chosen, depthwise, stride, kernel, padding, extr
         padding=padding,
         output_padding=extra,
         dilation=dilation,
-        groups=9 if depthwise else 1,
+        groups=9 if of_each else 1,
     )
     wanted = wanted.permute(0, 2, 3, 1).numpy()
-    turned = weight[:, :, ::-1, ::-1].transpose((0, 2, 3, 1) if depthwise else (1, 2, 3, 0))
-    shape, reach = choose(chosen, wanted.shape[2], out, turned[0].size), (kernel - 1) * dilation
-    before, size = (reach - padding,) * 2, [d + reach for d in wanted.shape[1:3]]
+    values = transposed.dilated(weight.transpose((0, 2, 3, 1) if of_each else (1, 2, 3, 0)), (dilation, dilation))
+    shape = transposed.choose(wanted.shape[2], out, values[0].size, stride, have(chosen))
+    given = (out, shape.rows, (padding, padding), wanted.shape[1:3], of_each)
     found = computed(
         chosen,
-        lambda i, w: conv.transposed(
-            i, w, out, shape.rows, (stride, stride), before, size, (dilation, dilation), depthwise
-        ),
-        [x, conv.pack(turned, shape.columns)],
+        lambda i, w: transposed.convolution(i, w, *given),
+        [x, transposed.pack(values, (stride, stride), (padding, padding), shape.columns)],
         wanted.shape,
+        parallel=extra == 1,
+        family=transposed,
     )
     np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-4)
+
+
+def test_a_transposed_convolution_multiplies_no_zeros_between_pixels():
+    packed = transposed.pack(np.ones((16, 4, 4, 3), np.float32), (2, 2), (1, 1), 16)
+    assert packed.shape == (2, 2, 1, 2, 2, 3, 16)
+    assert packed.all()
+    assert not transposed.pack(np.ones((16, 3, 3, 3), np.float32), (2, 2), (1, 1), 16).all()
+
+
+# -- Winograd ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("m", [2, 4])
+def test_winograds_matrices_convolve(m):
+    back, weights, forth = winograd.matrices(m)
+    x, g = RNG.standard_normal(m + 2), RNG.standard_normal(3)
+    found = back @ ((weights @ g) * (forth @ x))
+    np.testing.assert_allclose(found, np.correlate(x, g, "valid"), rtol=1e-12, atol=1e-12)
+    assert not np.allclose(found, np.convolve(x, g, "valid"))
+
+
+WINOGRAD = [  # batch, height, width, in, out, m, block, rows, padding
+    (1, 9, 11, 66, 75, 2, (2, 3), 3, (1, 1, 1, 1)),
+    (2, 13, 10, 20, 68, 4, (2, 2), 4, (1, 1, 1, 1)),
+    (1, 8, 8, 5, 16, 4, (1, 2), 2, (0, 2, 1, 0)),
+]
+
+
+@pytest.mark.parametrize("case, parallel", [*itertools.product(WINOGRAD, [False]), (WINOGRAD[1], True)])
+def test_winograd_with_bias_residual_and_activation(chosen, case, parallel):
+    from tvm import te
+
+    batch, height, width, inner, out, m, block, rows, padding = case
+    x, weight, bias = random(batch, height, width, inner), random(out, 3, 3, inner), random(out)
+    plain = reference(x, weight, (1, 1), padding)
+    residual, columns = random(*plain.shape), have(chosen).lanes
+
+    def define(i: Any, w: Any, b: Any, r: Any) -> Any:
+        y = winograd.convolution(i, w, out, rows, padding, block)
+        z = te.compute(y.shape, lambda *at: y(*at) + b[at[3]], name="bias")
+        return te.compute(y.shape, lambda *at: activation.sigmoid(z(*at)) * z(*at) + r(*at), name="end")
+
+    packed = winograd.pack(weight, m, columns)
+    found = computed(chosen, define, [x, packed, bias, residual], plain.shape, parallel, winograd)
+    z = (plain + bias).astype(np.float64)
+    wanted = z / (1 + np.exp(-z)) + residual
+    assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert np.abs(found - plain).max() > 1e-1
+
+
+def test_winograd_with_other_weights_is_another(chosen):
+    x, weight = random(1, 8, 8, 16), random(16, 3, 3, 16)
+    packed = winograd.pack(weight, 4, 16)
+    packed[7, 0, 3, 2] += 1
+    given = (16, 1, (1, 1, 1, 1), (1, 1))
+    found = computed(
+        chosen, lambda i, w: winograd.convolution(i, w, *given), [x, packed], (1, 8, 8, 16), family=winograd
+    )
+    assert not np.allclose(found, reference(x, weight, (1, 1), (1, 1, 1, 1)), rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize("have", [Vectors(16, 32), Vectors(8, 16), Vectors(4, 32)])
+@pytest.mark.parametrize("sizes", [(1, 56, 56, 64, 64), (2, 14, 14, 192, 192), (1, 40, 40, 152, 192)])
+def test_winograd_pays_for_many_channels(have, sizes):
+    plan = winograd.choose(*sizes, have)
+    assert plan is not None
+    assert plan.block[0] * plan.block[1] % plan.shape.rows == 0
+
+
+@pytest.mark.parametrize("sizes", [(1, 224, 224, 3, 32), (1, 8, 8, 512, 512), (1, 56, 56, 4, 4)])
+def test_winograd_does_not_pay_for_few_channels_or_few_pixels(sizes):
+    assert winograd.choose(*sizes, Vectors(16, 32)) is None
+
+
+def test_winograds_error_is_measured():
+    weight = random(40, 3, 3, 48)
+    small, large = winograd.error(weight, 2), winograd.error(weight, 4)
+    assert 1e-8 < small < large < 3e-6
+
+
+def convolution_call(weight: np.ndarray, size: int, **attrs: Any) -> Any:
+    from tvm import relax
+
+    groups = attrs.get("groups", 1)
+    x: Any = relax.Var("x", relax.TensorType((1, size, size, weight.shape[3] * groups), "float32"))
+    operator: Any = relax.op.nn.conv2d
+    call = operator(x, relax.const(weight), data_layout="NHWC", kernel_layout="OHWI", **attrs)
+    return relax.BlockBuilder().normalize(call)
+
+
+def legal(weight: np.ndarray, **attrs: Any) -> Any:
+    from tvm import relax
+
+    builder = relax.BlockBuilder()
+    return winograd.legalize(builder, convolution_call(weight, 28, **{"padding": (1, 1), **attrs}), Vectors(16, 32))
+
+
+def test_winograd_is_for_dense_3x3_of_stride_1():
+    weight = random(64, 3, 3, 64)
+    assert legal(weight) is not None
+    refused = [
+        legal(weight, strides=(2, 2)),
+        legal(weight, dilation=(2, 2)),
+        legal(weight, groups=2),
+        legal(random(64, 5, 5, 64)),
+        legal(random(64, 1, 1, 64)),
+        legal(random(64, 3, 3, 3)),
+    ]
+    assert refused == [None] * len(refused)
+
+
+def test_winograd_is_refused_beyond_its_error_budget(monkeypatch):
+    def name(call: Any) -> str:
+        return call.args[0].name_hint
+
+    weight = random(64, 3, 3, 64)
+    assert name(legal(weight)) == "winograd4"
+    monkeypatch.setattr(winograd, "_BUDGET", (winograd.error(weight, 2) + winograd.error(weight, 4)) / 2)
+    assert name(legal(weight)) == "winograd2"
+    monkeypatch.setattr(winograd, "_BUDGET", 1e-9)
+    assert legal(weight) is None
 
 
 @pytest.mark.parametrize("have", [Vectors(16, 32), Vectors(8, 16), Vectors(4, 32)])

@@ -9,23 +9,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from edgecompile.targets.tvm import options
+from edgecompile.targets.tvm import constants, options
 from edgecompile.targets.tvm.options import Options
-from edgecompile.targets.tvm.schedules import activation, conv, dense, tile
+from edgecompile.targets.tvm.schedules import activation, conv, dense, depthwise, int8, pool, tile, transposed, winograd
 
 _FAMILIES: Mapping[str, Callable[..., Any]] = {
     "relax.matmul": dense.legalize,
     "relax.nn.conv2d": conv.legalize,
-    "relax.nn.conv2d_transpose": conv.legalize_transposed,
+    "relax.nn.max_pool2d": pool.legalize,
+    "relax.round": int8.legalize_round,
+    "relax.nn.conv2d_transpose": transposed.legalize,
     **dict.fromkeys(activation.OPERATORS, activation.legalize),
 }
+
+# by the block that tells a form from those after it
+_SCHEDULES = (
+    (winograd.schedule, winograd.INPUT),
+    (transposed.schedule, transposed.PLACE),
+    (depthwise.schedule, depthwise.PLACE),
+    (pool.schedule, pool.LINES),
+    (tile.schedule, tile.TILE),
+)
 
 
 def layout() -> list:
     """Passes that give the whole graph the layout that the schedules are made for."""
+    from tvm import transform as passes
     from tvm.relax import transform
 
-    return [transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "OHWI"]}), transform.Normalize()]
+    return [
+        transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "OHWI"]}),
+        transform.Normalize(),
+        passes.module_pass(lambda module, _: constants.permuted(module), opt_level=0),
+    ]
 
 
 def legalizations(chosen: Options) -> dict[str, Callable[[Any, Any], Any]]:
@@ -34,32 +50,39 @@ def legalizations(chosen: Options) -> dict[str, Callable[[Any, Any], Any]]:
 
     have = tile.vectors(options.device(chosen))
 
-    def of(name: str, family: Callable[..., Any]) -> Callable[[Any, Any], Any]:
-        default = Op.get(name).get_attr("FLegalize")
-
+    def of(family: Callable[..., Any], default: Callable[..., Any]) -> Callable[[Any, Any], Any]:
         def legalize(bb: Any, call: Any) -> Any:
             ours = family(bb, call, have)
             return default(bb, call) if ours is None else ours
 
         return legalize
 
-    return {name: of(name, family) for name, family in _FAMILIES.items()}
+    made = {name: of(family, Op.get(name).get_attr("FLegalize")) for name, family in _FAMILIES.items()}
+    if chosen.winograd:
+        made["relax.nn.conv2d"] = of(winograd.legalize, made["relax.nn.conv2d"])
+    return made
 
 
 def apply(module: Any, chosen: Options) -> Any:
     """Schedule every kernel that has a form of ours."""
     import tvm
 
-    have = tile.vectors(options.device(chosen))
+    device = options.device(chosen)
+    have, how, parallel = tile.vectors(device), int8.dot(device), chosen.threads > 1
     for name, function in list(module.functions.items()):
-        if _has_tile(function):
-            alone = tvm.IRModule({"main": function})
-            done = tile.schedule(alone, have, parallel=chosen.threads > 1)["main"]
-            module.update_func(name, done.with_attr("tirx.is_scheduled", True))
+        alone = tvm.IRModule({"main": function})
+        own = next((f for f, block in _SCHEDULES if _has(function, block)), None)
+        if own is not None:
+            done = own(alone, have, parallel=parallel)
+        elif _has(function, int8.TILE):
+            done = int8.schedule(alone, how, parallel=parallel)
+        else:
+            continue
+        module.update_func(name, done["main"].with_attr("tirx.is_scheduled", True))
     return module
 
 
-def _has_tile(function: Any) -> bool:
+def _has(function: Any, block: str) -> bool:
     from tvm import tirx
 
-    return isinstance(function, tirx.PrimFunc) and f'sblock("{tile.TILE}")' in str(function)
+    return isinstance(function, tirx.PrimFunc) and f'sblock("{block}")' in str(function)

@@ -14,6 +14,7 @@ last of them write the output straight from the registers.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,26 +54,36 @@ def vectors(device: str) -> Vectors:
     return Vectors(8, 16) if "avx" in features else Vectors(4, 32 if "aarch64" in features else 16)
 
 
+def shapes(have: Vectors) -> list[Shape]:
+    """Every tile whose results, one vector of each column and one broadcast operand fit the registers."""
+    return [
+        Shape(rows, wide * have.lanes)
+        for wide in range(1, 9)
+        for rows in range(1, have.count + 1)
+        if rows * wide + wide + 1 <= have.count
+    ]
+
+
+def steps(shape: Shape, rows: int, columns: int, depth: int, have: Vectors) -> float:
+    """What ``rows x columns`` results, each a sum of ``depth`` products, cost by tiles of a shape.
+
+    A step is what one vector unit does in a cycle: a multiply-add, or a load.
+    """
+    wide = shape.columns // have.lanes
+    tiles = math.ceil(rows / shape.rows) * math.ceil(columns / shape.columns)
+    multiply = shape.rows * wide
+    step = max(multiply, shape.rows + wide, _LATENCY) + 0.02 * (shape.rows + wide)
+    return tiles * (depth * step + _STORE * multiply)
+
+
 def choose(rows: int, columns: int, depth: int, have: Vectors) -> Shape:
     """The tile that computes ``rows x columns`` results, each a sum of ``depth`` products, in the fewest steps.
 
-    A step is what one vector unit does in a cycle: a multiply-add, or a load. Results beyond the edge are computed too.
+    Results beyond the edge are computed too.
     """
 
-    def cost(shape: Shape) -> float:
-        wide = shape.columns // have.lanes
-        tiles = math.ceil(rows / shape.rows) * math.ceil(columns / shape.columns)
-        multiply = shape.rows * wide
-        step = max(multiply, shape.rows + wide, _LATENCY) + 0.02 * (shape.rows + wide)
-        return tiles * (depth * step + _STORE * multiply)
-
-    shapes = [
-        Shape(r, wide * have.lanes)
-        for wide in range(1, 9)
-        for r in range(1, min(rows, have.count) + 1)
-        if r * wide + wide + 1 <= have.count
-    ]
-    return min(shapes, key=cost)
+    fitting = [shape for shape in shapes(have) if shape.rows <= rows]
+    return min(fitting, key=lambda shape: steps(shape, rows, columns, depth, have))
 
 
 def attributes(rows: int, columns: int) -> dict[str, int]:
@@ -106,11 +117,7 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     plan: Any = Schedule(module)
     names = [plan.get(block).name_hint for block in plan.get_child_blocks(plan.get_sblock("root"))]
     position = names.index(TILE)
-    for name in names[:position]:
-        if name.startswith(PREPARE):
-            _copy(plan, plan.get_sblock(name), have, parallel=parallel)
-        else:
-            plan.compute_inline(plan.get_sblock(name))
+    prepare(plan, names[:position], have, parallel=parallel)
     for name in names[position + 1 : -1]:
         plan.compute_inline(plan.get_sblock(name))
     tile = plan.get_sblock(TILE)
@@ -129,13 +136,22 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     plan.set_scope(tile, 0, "local")
     if parallel:
         plan.parallel(plan.fuse(*head, column_tile, *lines, row_tile))
-    first = _in_registers(plan, tile, len(extents), have)
+    first = in_registers(plan, tile, len(extents), have)
     wide, lane = plan.split(column, [None, have.lanes])
     plan.vectorize(lane)
     plan.unroll(wide)
     plan.unroll(row)
     plan.decompose_reduction(tile, first)  # last: what has lost its initialisation can no longer be vectorised
     return plan.mod
+
+
+def prepare(plan: Any, names: Sequence[str], have: Vectors, *, parallel: bool) -> None:
+    """Schedule the blocks before a tile: copies stay copies, everything else goes into what reads it."""
+    for name in names:
+        if name.startswith(PREPARE):
+            _copy(plan, plan.get_sblock(name), have, parallel=parallel)
+        else:
+            plan.compute_inline(plan.get_sblock(name))
 
 
 def _flatten(plan: Any, block: Any) -> None:
@@ -154,7 +170,7 @@ def _flatten(plan: Any, block: Any) -> None:
         plan.transform_block_layout(block, IndexMap.from_func(flat, ndim=len(extents) + 1))
 
 
-def _in_registers(plan: Any, tile: Any, spatial: int, have: Vectors) -> Any:
+def in_registers(plan: Any, tile: Any, spatial: int, have: Vectors) -> Any:
     """Order and unroll the loops of a tile; returns the outermost one of its reduction."""
     own = plan.get_loops(tile)
     reductions = sum(int(v.iter_type) == 2 for v in plan.get(tile).iter_vars)

@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper, parser
+from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from edgecompile import models, oracle
@@ -70,14 +71,34 @@ def assert_equal(graph: Graph, found: Groups, keep: dict, feeds: dict | None = N
     cut.check(signature)
     masked.check(signature)
     feeds = feeds or oracle.random_feeds(signature.inputs, seed=1, other=3)
-    wanted = oracle.run(masked, feeds)
-    for name, error in oracle.compare_all(wanted, oracle.run(cut, feeds)).items():
-        assert error.max_rel <= TOLERANCE or error.max_abs <= 1e-7, f"{name}: {error}"
+    errors = oracle.compare_all(oracle.run(masked, feeds), oracle.run(cut, feeds))
+    if max(e.max_rel for e in errors.values()) > TOLERANCE:
+        # A norm over values that hardly differ, or a saturated sigmoid, magnifies what float32 rounds, up to a variance
+        # below zero; where the two graphs are the same function, they agree in float64 all the same.
+        errors = oracle.compare_all(in_double(masked, feeds), in_double(cut, feeds))
+        assert max(e.max_rel for e in errors.values()) <= 1e-9, errors
     corrections = sum(n.op in ("Mul", "Max", "Min") for n in cut.nodes) - sum(
         n.op in ("Mul", "Max", "Min") for n in graph.nodes
     )
     assert floats(graph) - floats(cut) == found.parameters_removed(graph, keep) - corrections
     return cut
+
+
+def in_double(graph: Graph, feeds: dict) -> dict[str, np.ndarray]:
+    """What a graph computes when every float is a float64."""
+    model = graph.to_proto()
+    tensors = [*model.graph.initializer, *(a.t for n in model.graph.node for a in n.attribute if a.HasField("t"))]
+    for tensor in tensors:
+        if tensor.data_type == TensorProto.FLOAT:
+            tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float64), tensor.name))
+    for value in [*model.graph.input, *model.graph.output]:
+        value.type.tensor_type.elem_type = TensorProto.DOUBLE
+    for attribute in (a for n in model.graph.node if n.op_type == "Cast" for a in n.attribute if a.name == "to"):
+        attribute.i = TensorProto.DOUBLE if attribute.i == TensorProto.FLOAT else attribute.i
+    del model.graph.value_info[:]
+    names = [t.name for t in graph.outputs]
+    given = {n: x.astype(np.float64) if x.dtype == np.float32 else x for n, x in feeds.items()}
+    return dict(zip(names, ReferenceEvaluator(model).run(None, given), strict=True))  # type: ignore[arg-type]
 
 
 def moved(graph: Graph, cut: Graph) -> float:
@@ -423,6 +444,8 @@ class Random:
         self.x = self.op("Gather", self.x, self.weight(self.rng.permutation(self.c)), axis=1)
 
     def crop(self):
+        if self.c < 4:
+            return
         start, end = self.pick(0, 1), self.c - self.pick(0, 1)
         args = [self.weight(ints(n)) for n in (start, end, 1)]
         self.x, self.c = self.op("Slice", self.x, *args), end - start
@@ -430,7 +453,7 @@ class Random:
     def norm(self):
         groups_ = self.pick(*(g for g in (1, 2, 4, self.c) if self.c % g == 0))
         y = self.op("Reshape", self.x, self.weight(ints(1, groups_, -1)))
-        y = self.op("InstanceNormalization", y, self.weight((groups_,)), self.weight((groups_,)), epsilon=0.01)
+        y = self.op("InstanceNormalization", y, self.weight((groups_,)), self.weight((groups_,)))
         self.x = self.op("Add", self.op("Reshape", y, self.weight(ints(1, self.c, self.h, self.h))), self.x)
 
     def attention(self):
@@ -456,8 +479,8 @@ class Random:
         t = self.op("Reshape", self.x, self.weight(ints(1, self.c, -1)))
         t = self.op("Transpose", t, perm=[0, 2, 1])
         y = t
-        if self.pick(0, 1):  # ONNX Runtime's variance E[x²] - E[x]² can round to less than -epsilon
-            y = self.op("LayerNormalization", t, self.weight((self.c,)), self.weight((self.c,)), epsilon=0.01)
+        if self.pick(0, 1):
+            y = self.op("LayerNormalization", t, self.weight((self.c,)), self.weight((self.c,)))
         y = self.op(
             "MatMul", self.act(self.op("MatMul", y, self.weight((self.c, hidden)))), self.weight((hidden, self.c))
         )

@@ -175,8 +175,25 @@ def test_packing_loses_nothing(bits, rows, columns, seed):
 
 def test_four_bits_take_at_most_0_15_of_float32():
     values = weights(9, 64, 1024)
-    for kind, group in (("pot", 128), ("sp2", 128), ("binary", 1024), ("binary", 256)):
+    for kind, group in (("pot", 128), ("sp2", 128), ("binary", 1024), ("binary", 256), ("binary", 128)):
         assert codes.encode(values, kind, 4, group=group).bytes <= 0.15 * values.nbytes
+    narrow = weights(9, 64, 128)
+    for kind in codes.WIDTHS:
+        assert codes.encode(narrow, kind, 4, group=256).bytes <= 0.15 * narrow.nbytes
+    assert codes.encode(narrow, "binary", 4, group=32).bytes > 0.15 * narrow.nbytes
+
+
+def test_a_scale_is_the_sum_of_two_powers_next_to_it():
+    values = np.random.default_rng(12).random((50, 4)) * 2.0 ** np.arange(-30, 20)[:, None]
+    found = codes._scales(codes._powers(values))
+    # After the nearest power a third is left at most, after the next a third of that.
+    assert (np.abs(found - values) <= values / 9 + 1e-12).all()
+    whole = np.asarray([1.0, 0.25, 3.0, 0.75, 5.0, 7.0, 0.0])
+    assert np.array_equal(codes._scales(codes._powers(whole)), whole)
+    assert not np.array_equal(codes._scales(codes._powers(whole + 11)), whole + 11)  # 11 has three terms
+    # What is too small for seven bits of exponent is nothing, what is too large the largest.
+    tiny, huge = codes._scales(codes._powers(np.asarray([1e-30, 1e30])))
+    assert tiny == 0 and 2.0**61 < huge < np.inf
 
 
 @settings(max_examples=60)

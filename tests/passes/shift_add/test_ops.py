@@ -16,8 +16,9 @@ CASES = [(kind, bits, group) for kind, widths in codes.WIDTHS.items() for bits i
 
 def model(coded: codes.Coded, x: np.ndarray, *, conv: bool, rows: int, strides=(1, 1), opset=18) -> onnx.ModelProto:
     name = ("BinaryCoded" if coded.kind == "binary" else "Shift") + ("Conv" if conv else "Linear")
-    third = coded.signs if coded.signs is not None else codes.book(coded.kind, coded.bits)
-    weights = {"planes": codes.pack(coded.codes, coded.bits), "exponents": coded.exponents, "third": third}
+    weights = {"planes": codes.pack(coded.codes, coded.bits), "exponents": coded.exponents}
+    if coded.kind != "binary":
+        weights["levels"] = codes.book(coded.kind, coded.bits)
     attributes = {"columns": coded.codes.shape[1], "group": coded.group}
     if conv:
         attributes["strides"] = list(strides)

@@ -24,8 +24,15 @@ import onnx
 import onnxruntime as ort
 import signatures
 
-from edgecompile.targets.trt.device import Buffer, Device, out_of_memory
+from edgecompile.device import Buffer, Device, out_of_memory
 
+_TYPES = {
+    "tensor(float)": ("FLOAT", "float32"),
+    "tensor(float16)": ("HALF", "float16"),
+    "tensor(int32)": ("INT32", "int32"),
+    "tensor(int64)": ("INT64", "int64"),
+    "tensor(bool)": ("BOOL", "bool"),
+}
 MAGIC = b"double of a serialised engine\n"
 
 
@@ -296,7 +303,8 @@ class _Builder:
         assert monitor._ready
         monitor.phase_start("Building engine", None, 20)
         for step in range(20):
-            assert monitor.step_complete("Building engine", step) is True
+            if monitor.step_complete("Building engine", step) is not True:
+                return None
         monitor.phase_finish("Building engine")
         dynamic = any(-1 in t._shape for t in network._inputs)
         assert dynamic == bool(config._profiles), "a dynamic input needs a profile"
@@ -511,8 +519,7 @@ class _ICudaEngine:
         return self._trt.TensorLocation.HOST if name in self._knobs.host else self._trt.TensorLocation.DEVICE
 
     def get_tensor_dtype(self, name):
-        kinds = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)": "INT64", "tensor(bool)": "BOOL"}
-        return getattr(self._trt.DataType, kinds[(self._inputs | self._outputs)[name].type])
+        return getattr(self._trt.DataType, _TYPES[(self._inputs | self._outputs)[name].type][0])
 
     def get_tensor_profile_shape(self, name, profile_index):
         fixed = self._inputs[name].shape
@@ -582,8 +589,7 @@ class _IExecutionContext:
         return True
 
     def _dtype(self, name):
-        kinds = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64", "BOOL": "bool"}
-        return np.dtype(kinds[self._engine.get_tensor_dtype(name).name])
+        return np.dtype(dict(_TYPES.values())[self._engine.get_tensor_dtype(name).name])
 
     def execute_async_v3(self, stream_handle):
         device, session = STREAMS[stream_handle], self._engine._session

@@ -28,7 +28,7 @@ SYMBOLS = (
 )
 LIBRARIES = ("nvinfer", "nvonnxparser", "nvinfer_plugin")
 LOOK = """
-import json, sys
+import json, sys, threading
 import tensorrt_bindings as trt
 from edgecompile.targets.trt import build, probe, session
 
@@ -44,7 +44,7 @@ log.log(trt.ILogger.Severity.ERROR, "two\\n lines")
 log.log(trt.ILogger.Severity.INFO, "not kept")
 plugins = trt.init_libnvinfer_plugins(log, "")
 told = []
-monitor = build._monitor(trt, told.append)
+monitor = build._monitor(trt, told.append, threading.Event())
 monitor.phase_start("p", "", 3)
 goes_on = monitor.step_complete("p", 1)
 monitor.phase_finish("p")
@@ -58,7 +58,8 @@ print(json.dumps([found, log.messages, told, goes_on, facts.__dict__, strong, pl
 def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
     """A version, and what a process that imports its bindings sees."""
     version = request.param
-    folder = request.config.cache.mkdir("tensorrt-bindings") / version  # type: ignore[union-attr]
+    cache = getattr(request.config, "cache", None)  # a run without pytest's cache fetches them again
+    folder = (cache.mkdir("tensorrt-bindings") if cache else tmp_path_factory.mktemp("wheels")) / version
     if not list(folder.glob("*.whl")):
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary", ":all:"]
         command += [f"{PACKAGES[version]}=={version}", "-d", str(folder)]

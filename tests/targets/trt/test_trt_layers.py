@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
+from edgecompile import device
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph
-from edgecompile.targets.trt import device, layers, trtexec
+from edgecompile.targets.trt import layers, trtexec
 
 CONV = {
     "Name": "/stem/conv/Conv + PWN(/stem/act/Relu)",

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
+import signatures
+from click.testing import CliRunner
 from onnx import TensorProto, helper
 
-from edgecompile import oracle
+from edgecompile import bench, cli, oracle
+from edgecompile.bundle import Bundle
 from edgecompile.errors import InputError
 from edgecompile.graph import Graph
-from edgecompile.targets.trt import nms, preflight, strong_typing, support
+from edgecompile.targets.trt import TrtTarget, nms, preflight, session, strong_typing, support
 
 pytest.importorskip("onnxruntime")
 
@@ -126,3 +131,84 @@ def test_four_classes_are_told_from_boxes_by_their_order():
     graph = nms.append(detector(classes=4))
     (node,) = (n for n in graph.nodes if n.op == nms.OPERATOR)
     assert [t.name for t in node.inputs] == ["boxes", "scores"]
+
+
+# -- as an option of the target ----------------------------------------------------------------------------------------
+
+NMS = {"nms": "true", "nms_score": "0.5", "nms_iou": "0.3", "nms_boxes": "20"}
+
+
+@pytest.mark.parametrize("version", signatures.VERSIONS)
+def test_an_engine_that_suppresses(version: str, install: Callable[..., Any], tmp_path: Path):
+    install(version)
+    graph, feeds = detector(), scene(20, 60, 3, 2)
+    made = TrtTarget().build(graph, tmp_path, NMS)
+    assert made.manifest.options["nms"] is True and made.manifest.options["nms_boxes"] == 20
+    wanted = oracle.run(nms.append(graph, 0.5, 0.3, 20), feeds)
+    assert 0 < wanted["num_detections"][0, 0] <= 20
+    board = session.load(tmp_path, made.manifest)  # what opens it on a board has no graph
+    for engine in (made, TrtTarget().load(tmp_path, made.manifest, graph), board):
+        found = engine.run(feeds)
+        assert sorted(found) == sorted(wanted) and (engine is board or list(found) == ["scores", "boxes", *nms.OUTPUTS])
+        for name, value in wanted.items():
+            np.testing.assert_array_equal(found[name], value)
+    layers = made.layers(feeds, repeats=1)
+    assert nms.OPERATOR in {layer.op for layer in layers}
+    assert layers == TrtTarget().layers(tmp_path, made.manifest, graph, board.profile(feeds, repeats=1))
+
+
+def test_an_engine_that_does_not(install: Callable[..., Any], tmp_path: Path):
+    install()
+    engine = TrtTarget().build(detector(), tmp_path, {})
+    assert list(engine.run(scene(20, 60, 3, 2))) == ["scores", "boxes"]
+    assert engine.manifest.options["nms"] is False
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"nms": "maybe"}, {"nms_score": "0.5"}, {"nms_iou": 0.2}, {"nms_boxes": 7},
+     *({**NMS, name: value} for name, value in (
+         ("nms_score", "1.5"), ("nms_score", "nan"), ("nms_iou", "-1"), ("nms_iou", "x"),
+         ("nms_boxes", "0"), ("nms_boxes", "3840"), ("nms_boxes", "2.5"),
+     ))],
+    ids=str,
+)  # fmt: skip
+def test_wrong_numbers(wrong: dict[str, Any], install: Callable[..., Any], tmp_path: Path):
+    install()
+    for use in (TrtTarget().prepare, lambda graph, options: TrtTarget().build(graph, tmp_path, options)):
+        with pytest.raises(InputError, match="nms"):
+            use(detector(), wrong)
+
+
+def test_a_model_that_is_no_detector(install: Callable[..., Any], tmp_path: Path):
+    install()
+    graph = detector()
+    graph.outputs = graph.outputs[:1]
+    for use in (TrtTarget().prepare, lambda graph, options: TrtTarget().build(graph, tmp_path, options)):
+        with pytest.raises(InputError, match="no detector") as caught:
+            use(graph, NMS)
+        assert "scores [2, 60, 3]" in str(caught.value) and "leave out nms" in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_that_suppresses(install: Callable[..., Any], tmp_path: Path):
+    """Prepared here, finished there; what proves parity is the model's own outputs."""
+
+    def command(*arguments: object) -> Any:
+        return CliRunner().invoke(cli.main, [*map(str, arguments)])
+
+    detector(batch=1).save(tmp_path / "net.onnx")
+    options = [part for name, value in NMS.items() for part in ("--option", f"{name}={value}")]
+    prepared = command("build", tmp_path / "net.onnx", "--target", "trt", "--prepare", *options, "-o", tmp_path / "out")
+    assert prepared.exit_code == 0, prepared.output
+    assert len(Bundle.open(tmp_path / "out").graph().outputs) == 2
+    install()
+    finished = command("build", tmp_path / "out", "--no-bench")
+    assert finished.exit_code == 0, finished.output
+    made = Bundle.open(tmp_path / "out")
+    engine = made.engine()
+    feeds, outputs = made.probe()
+    assert list(outputs) == ["scores", "boxes"] and list(engine.run(feeds)) == ["scores", "boxes", *nms.OUTPUTS]
+    assert nms.OPERATOR in {layer.op for layer in bench.layers(engine, feeds, repeats=1, graph=made.graph()).layers}
+    wrong = command("build", tmp_path / "net.onnx", "--target", "trt", "--prepare", "--option", "nms_scor=0.5")
+    assert wrong.exit_code == 2 and "did you mean 'nms_score'?" in " ".join(wrong.output.split())

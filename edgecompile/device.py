@@ -1,6 +1,6 @@
 """Memory, a stream, events and graphs of the CUDA device: through torch where it has CUDA, else through cuda-python.
 
-TensorRT takes addresses and a stream handle and does none of this itself. A board often has TensorRT and no torch.
+Runtimes take addresses and a stream handle and do none of this themselves. A board often has TensorRT and no torch.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def open_device() -> Device:
             from cuda import cudart as runtime  # type: ignore[import-not-found,no-redef,attr-defined]
         except ImportError:
             raise EnvironmentMissing(
-                "TensorRT's device memory cannot be managed", "no torch with CUDA, no cuda-python", _FIX
+                "the GPU's memory and clock cannot be used", "no torch with CUDA, no cuda-python", _FIX
             ) from None
     return CudaDevice(runtime)
 

@@ -1,0 +1,754 @@
+"""Products of activations with weights of a few bits that are never written out in full, and angular attention.
+
+Rows of the weights (outputs) lie in the lanes of a vector, so that one word of 32 bits holds eight codes of one row,
+and a word is all that is loaded for eight weights of each lane.
+
+- *Book, float activations* (:func:`book`). A register holds the book, and ``level = book[code]`` is one permutation on
+  AVX-512; on AVX2, whose permutation has eight places, the highest bit of a code is its sign. The result is that of
+  float32 weights, up to the order of the sum.
+- *Binary codes, float activations* (:func:`binary`). ``sum_k s_k x_k`` over four columns has 16 possible values, which
+  are computed once and shared by all rows; four signs of a row are the number of one of them. Nothing is multiplied but
+  the sum of a group, by its scale.
+- *Book, integer activations* (:func:`book_int8`). Levels are whole numbers up to 64 times a power of two, looked up by
+  bytes. Operands of the dot instruction are the activations ``x`` in [-127, 127] and, where it wants them unsigned, the
+  levels raised by 64: ``sum w x = sum (w + 64) x - 64 sum x``. VPMADDUBSW adds two products in 16 bits and saturates;
+  here ``2 * 128 * 127 = 32512 < 2^15``, so it never does.
+- *Angular attention* (:func:`angular`) is linear in the tokens. Its sums of chosen rows run as multiply-adds by 0 or 1,
+  which cost what an addition costs.
+- *Narrow weights, integer activations* (:func:`narrow`), where the machine has no instruction that adds four products.
+  With ``|w| <= 8`` and ``|x| <= 63``, ``w + 8`` lies in [0, 16], one VPMADDUBSW gives at most ``2 * 16 * 63 = 2016`` in
+  magnitude, and 16 of them at most ``32256 < 2^15``: they are added in 16 bits, and widened after every 32 columns.
+
+Integer activations are those of :func:`quantised`: per token, symmetric, ``s = max|x| / q``, ``round(x / s)``.
+
+Sources: Park et al., LUT-GEMM, ICLR 2024, section 3; You et al., ShiftAddLLM, NeurIPS 2024, section 4; You et al.,
+ShiftAddViT, NeurIPS 2023, section 4; Intel 64 and IA-32 Architectures Software Developer's Manual, VPERMPS, PSHUFB,
+PMADDUBSW, VPDPBUSD; Arm Architecture Reference Manual, TBL and SDOT.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from edgecompile.targets.tvm.schedules.tile import Vectors, padded
+
+WORD = 8  # codes of a word
+QUAD = 4  # signs that choose one of 16 sums
+LARGEST = 64  # magnitude of a level as a whole number
+NARROW = 8  # magnitude of a narrow weight
+FINE, COARSE = 127, 63  # the largest magnitude of an activation, for the two integer kernels
+_AHEAD = 32 << 10  # bytes between what is read and what is asked for: one page boundary at least lies between
+_STEPS16 = 16  # results of VPMADDUBSW that add in 16 bits
+_OPAQUE = {"op_pattern": 8}  # of tvm::relax::OpPatternKind: nothing is fused into it
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """A permutation of float32 lanes.
+
+    Attributes:
+        feature: of the CPU, as Linux names it.
+        intrinsic: LLVM's name: ``(table, number)``, of ``lanes`` each.
+        lanes: float32 values of a vector.
+        registers: vectors of results at a time.
+    """
+
+    feature: str
+    intrinsic: str
+    lanes: int
+    registers: int
+
+
+LOOKUPS = (
+    Lookup("avx512f", "llvm.x86.avx512.permvar.sf.512", 16, 16),
+    Lookup("avx2", "llvm.x86.avx2.permps", 8, 8),
+)
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """A permutation of bytes, and a dot instruction that adds four products of bytes in 32 bits.
+
+    Attributes:
+        feature: of the CPU, as Linux names it.
+        lanes: 32-bit results of a vector.
+        permute: LLVM's name of the permutation, and its operands: ``table`` first or last is the same for all.
+        dot: LLVM's name of the instruction.
+        offset: what is added to levels to make them unsigned.
+    """
+
+    feature: str
+    lanes: int
+    permute: str
+    dot: str
+    offset: int
+
+
+BYTES = (
+    Bytes("avx512_vnni", 16, "llvm.x86.avx512.pshuf.b.512", "llvm.x86.avx512.vpdpbusd.512", LARGEST),
+    Bytes("avx_vnni", 8, "llvm.x86.avx2.pshuf.b", "llvm.x86.avx512.vpdpbusd.256", LARGEST),
+    Bytes("avx2", 8, "llvm.x86.avx2.pshuf.b", "llvm.x86.avx2.pmadd.ub.sw", LARGEST),
+    Bytes("asimddp", 4, "llvm.aarch64.neon.tbl1.v16i8", "llvm.aarch64.neon.sdot.v4i32.v16i8", 0),
+)
+
+
+def lookup(device: str) -> Lookup | None:
+    """The permutation of floats that a device has, which :func:`edgecompile.targets.tvm.options.device` describes."""
+    features = device.split()
+    return next((found for found in LOOKUPS if found.feature in features), None)
+
+
+def byte_lookup(device: str) -> Bytes | None:
+    """The instructions on bytes that a device has."""
+    features = device.split()
+    return next((found for found in BYTES if found.feature in features), None)
+
+
+# -- weights as the kernels read them ----------------------------------------------------------------------------------
+
+
+def words(codes: np.ndarray, lanes: int, blocks: int, order: tuple[int, ...] = tuple(range(WORD))) -> np.ndarray:
+    """Codes of four bits, ``[rows, columns]``, as int32 ``[rows / (blocks lanes), columns / 8, blocks, lanes]``.
+
+    Args:
+        codes: uint8, below 16; missing rows and columns become code 0.
+        lanes, blocks: of a vector, and vectors side by side.
+        order: which of eight columns each nibble of a word holds, from the lowest.
+    """
+    rows, columns = codes.shape
+    wide = np.zeros((padded(rows, lanes * blocks), padded(columns, WORD)), np.uint32)
+    wide[:rows, :columns] = codes
+    packed = np.zeros((wide.shape[0], wide.shape[1] // WORD), np.uint32)
+    for nibble, column in enumerate(order):
+        packed |= wide[:, column::WORD] << np.uint32(4 * nibble)
+    return by_lane(packed.view(np.int32), lanes, blocks)
+
+
+def by_lane(values: np.ndarray, lanes: int, blocks: int) -> np.ndarray:
+    """``[rows, n]`` as ``[rows / (blocks lanes), n, blocks, lanes]``, filled with zeros."""
+    rows, n = values.shape
+    wide = np.zeros((padded(rows, lanes * blocks), n), values.dtype)
+    wide[:rows] = values
+    return np.ascontiguousarray(wide.reshape(-1, blocks, lanes, n).transpose(0, 3, 1, 2))
+
+
+def quads(plane: np.ndarray, how: Lookup) -> np.ndarray:
+    """Signs of a plane, 0 or 1 ``[rows, columns]``, as numbers of sums, uint8 ``[rows, columns / 4]``.
+
+    With eight places a number is that of a sum whose fourth sign is a plus, and the highest bit negates it.
+    """
+    rows, columns = plane.shape
+    wide = np.zeros((rows, padded(columns, QUAD)), np.uint8)
+    wide[:, :columns] = plane
+    number = sum(wide[:, i::QUAD] << i for i in range(QUAD))
+    if how.lanes == 16:
+        return np.asarray(number, np.uint8)
+    return np.where(number & 8, number & 7, ~number & 7 | 8).astype(np.uint8)
+
+
+def signs(how: Lookup) -> np.ndarray:
+    """The sign of each of four activations in each entry of the table of sums, float32 ``[4, lanes]``."""
+    number = np.arange(16)[-how.lanes :]
+    return np.where(number[None] >> np.arange(QUAD)[:, None] & 1, 1, -1).astype(np.float32)
+
+
+def table(levels: np.ndarray, how: Lookup) -> np.ndarray | None:
+    """A book as a register holds it, float32 ``[lanes]``, or None where it does not fit: ``levels`` has 16 entries."""
+    if how.lanes == 16:
+        return levels
+    return levels[:8] if np.array_equal(levels[8:], -levels[:8]) else None
+
+
+def whole(levels: np.ndarray) -> tuple[np.ndarray, int] | None:
+    """Levels as whole numbers times ``2^exponent``: int8 and the exponent, or None if one exceeds :data:`LARGEST`."""
+    mantissa, exponent = np.frexp(levels[levels != 0].astype(np.float64))
+    if not mantissa.size:
+        return levels.astype(np.int8), 0
+    # The last bit of each level: a mantissa of 24 bits, less the zeros at its end.
+    bits = np.abs(mantissa * 2**24).astype(np.int64)
+    last = int(np.min(exponent - 24 + np.log2(bits & -bits).astype(np.int64)))
+    numbers = np.ldexp(levels.astype(np.float64), -last)
+    return (numbers.astype(np.int8), last) if np.abs(numbers).max() <= LARGEST else None
+
+
+# -- kernels -----------------------------------------------------------------------------------------------------------
+
+
+def _loop(parallel: bool) -> Any:
+    from tvm.script import tirx as T
+
+    return T.parallel if parallel else T.serial
+
+
+def _looked_up(how: Lookup) -> Any:
+    """Function from a register's table, a vector of words and a nibble to the values it numbers."""
+    from tvm.script import tirx as T
+
+    floats, integers, lanes = f"float32x{how.lanes}", f"int32x{how.lanes}", how.lanes
+
+    def get(held: Any, word: Any, nibble: Any) -> Any:
+        number = T.shift_right(word, T.broadcast(4 * nibble, lanes))
+        found = T.call_llvm_pure_intrin(T.llvm_lookup_intrinsic_id(how.intrinsic), held, number, dtype=floats)
+        if lanes == 16:
+            return found
+        high = T.shift_left(word, T.broadcast(28 - 4 * nibble, lanes))
+        sign = T.bitwise_and(high, T.broadcast(T.int32(-(2**31)), lanes))
+        return T.reinterpret(T.bitwise_xor(T.reinterpret(found, dtype=integers), sign), dtype=floats)
+
+    return get
+
+
+def _fetch() -> Any:
+    """Function that asks for what will be read soon; an address where nothing is does no harm."""
+    from tvm.script import tirx as T
+
+    def ask(address: Any) -> Any:
+        prefetch = T.llvm_lookup_intrinsic_id("llvm.prefetch.p0")
+        return T.call_llvm_intrin(prefetch, address, T.int32(0), T.int32(3), T.int32(1), dtype="void")
+
+    return ask
+
+
+def book(m: int, n: int, columns: int, group: int, how: Lookup, *, parallel: bool) -> Any:
+    """``x [m, columns]`` times the weights of a book, ``[m, n]``, with float activations.
+
+    Args:
+        m, n, columns: tokens, outputs and inputs; a tile holds all tokens, so m is a few.
+        group: inputs that share a scale, a multiple of 8.
+        how: the permutation.
+        parallel: share the outputs among threads.
+
+    Returns:
+        a function of x, :func:`words`, scales float32 ``[tiles, groups, blocks, lanes]``, :func:`table`, and the
+        result.
+    """
+    from tvm.script import tirx as T
+
+    lanes, blocks = how.lanes, tiles_of(m, how.registers)
+    tiles, deep = padded(n, lanes * blocks) // (lanes * blocks), padded(columns, WORD) // WORD
+    groups, per = -(-columns // group), group // WORD
+    ahead, loop, get, ask = _AHEAD // (blocks * lanes * 4), _loop(parallel), _looked_up(how), _fetch()
+    every, zero = T.ramp(0, 1, lanes), T.broadcast(T.float32(0), lanes)
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        x: T.Buffer((m, columns), "float32"),
+        weights: T.Buffer((tiles, deep, blocks, lanes), "int32"),
+        scales: T.Buffer((tiles, groups, blocks, lanes), "float32"),
+        levels: T.Buffer((lanes,), "float32"),
+        y: T.Buffer((m, n), "float32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        total = T.sblock_alloc_buffer((m, blocks, lanes), "float32", scope="local")
+        part = T.sblock_alloc_buffer((m, blocks, 2, lanes), "float32", scope="local")
+        given = T.sblock_alloc_buffer((m, deep * WORD), "float32")
+        for i in T.serial(m):
+            for k in T.serial(deep * WORD):
+                given[i, k] = T.if_then_else(k < columns, x[i, T.min(k, columns - 1)], T.float32(0))
+        for o in loop(tiles):
+            for i in T.unroll(m):
+                for b in T.unroll(blocks):
+                    total[i, b, every] = zero
+            for g in T.serial(groups):
+                for i in T.unroll(m):
+                    for b in T.unroll(blocks):
+                        for h in T.unroll(2):
+                            part[i, b, h, every] = zero
+                for k in T.serial(T.min(per, deep - g * per)):
+                    for b in T.unroll(blocks):
+                        T.evaluate(ask(T.address_of(weights[o, g * per + k + ahead, b, 0])))
+                        for j in T.unroll(WORD):
+                            for i in T.unroll(m):
+                                part[i, b, j % 2, every] += get(
+                                    levels[every], weights[o, g * per + k, b, every], j
+                                ) * T.broadcast(given[i, (g * per + k) * WORD + j], lanes)
+                for i in T.unroll(m):
+                    for b in T.unroll(blocks):
+                        total[i, b, every] += (part[i, b, 0, every] + part[i, b, 1, every]) * scales[o, g, b, every]
+            for i in T.serial(m):
+                for b in T.serial(blocks):
+                    for lane in T.serial(lanes):
+                        if (o * blocks + b) * lanes + lane < n:
+                            y[i, (o * blocks + b) * lanes + lane] = total[i, b, lane]
+
+    return kernel.with_attr(_OPAQUE)
+
+
+def tiles_of(m: int, registers: int) -> int:
+    """Vectors side by side in a tile: two sums each, for each token."""
+    return max(1, registers // (4 * m))
+
+
+def binary(m: int, n: int, columns: int, group: int, bits: int, how: Lookup, *, parallel: bool) -> Any:
+    """``x [m, columns]`` times binary codes, ``[m, n]``, by sums of four activations.
+
+    Args:
+        m, n, columns, parallel: as of :func:`book`.
+        group: inputs that share the scales, a multiple of 32.
+        bits: planes of signs.
+        how: the permutation.
+
+    Returns:
+        a function of x, the words of the :func:`quads` of each plane ``[tiles, columns / 32, bits, blocks, lanes]``,
+        scales float32 ``[tiles, groups, bits, blocks, lanes]``, :func:`signs`, and the result.
+    """
+    from tvm.script import tirx as T
+
+    lanes, blocks = how.lanes, tiles_of_planes(m, bits, how.registers)
+    span = WORD * QUAD
+    tiles, deep = padded(n, lanes * blocks) // (lanes * blocks), padded(columns, span) // span
+    groups, per = -(-columns // group), group // span
+    ahead, loop, get, ask = _AHEAD // (bits * blocks * lanes * 4), _loop(parallel), _looked_up(how), _fetch()
+    every, zero = T.ramp(0, 1, lanes), T.broadcast(T.float32(0), lanes)
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        x: T.Buffer((m, columns), "float32"),
+        weights: T.Buffer((tiles, deep, bits, blocks, lanes), "int32"),
+        scales: T.Buffer((tiles, groups, bits, blocks, lanes), "float32"),
+        sign: T.Buffer((QUAD, lanes), "float32"),
+        y: T.Buffer((m, n), "float32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        total = T.sblock_alloc_buffer((m, blocks, lanes), "float32", scope="local")
+        part = T.sblock_alloc_buffer((m, bits, blocks, lanes), "float32", scope="local")
+        four = T.sblock_alloc_buffer((QUAD,), "float32", scope="local")
+        sums = T.sblock_alloc_buffer((m, deep * WORD, lanes), "float32")
+        for i in T.serial(m):
+            for q in T.serial(deep * WORD):
+                for k in T.unroll(QUAD):
+                    four[k] = T.if_then_else(
+                        q * QUAD + k < columns, x[i, T.min(q * QUAD + k, columns - 1)], T.float32(0)
+                    )
+                sums[i, q, every] = (
+                    T.broadcast(four[0], lanes) * sign[0, every]
+                    + T.broadcast(four[1], lanes) * sign[1, every]
+                    + T.broadcast(four[2], lanes) * sign[2, every]
+                    + T.broadcast(four[3], lanes) * sign[3, every]
+                )
+        for o in loop(tiles):
+            for i in T.unroll(m):
+                for b in T.unroll(blocks):
+                    total[i, b, every] = zero
+            for g in T.serial(groups):
+                for i in T.unroll(m):
+                    for p in T.unroll(bits):
+                        for b in T.unroll(blocks):
+                            part[i, p, b, every] = zero
+                for k in T.serial(T.min(per, deep - g * per)):
+                    for p in T.unroll(bits):
+                        for b in T.unroll(blocks):
+                            T.evaluate(ask(T.address_of(weights[o, g * per + k + ahead, p, b, 0])))
+                    for j in T.unroll(WORD):
+                        for p in T.unroll(bits):
+                            for b in T.unroll(blocks):
+                                for i in T.unroll(m):
+                                    part[i, p, b, every] += get(
+                                        sums[i, (g * per + k) * WORD + j, every],
+                                        weights[o, g * per + k, p, b, every],
+                                        j,
+                                    )
+                for i in T.unroll(m):
+                    for p in T.unroll(bits):
+                        for b in T.unroll(blocks):
+                            total[i, b, every] += part[i, p, b, every] * scales[o, g, p, b, every]
+            for i in T.serial(m):
+                for b in T.serial(blocks):
+                    for lane in T.serial(lanes):
+                        if (o * blocks + b) * lanes + lane < n:
+                            y[i, (o * blocks + b) * lanes + lane] = total[i, b, lane]
+
+    return kernel.with_attr(_OPAQUE)
+
+
+def tiles_of_planes(m: int, bits: int, registers: int) -> int:
+    """Vectors side by side in a tile: one sum for each plane and token."""
+    return max(1, registers // (bits * m))
+
+
+def quantised(m: int, columns: int, group: int, largest: int, *, parallel: bool) -> Any:
+    """Each row of ``x [m, columns]`` as whole numbers up to ``largest`` in magnitude.
+
+    ``top = max|x|``; the numbers are ``round(x * (largest / top))``, half to even, and 0 where top is 0.
+
+    Args:
+        m, columns, parallel: as of :func:`book`.
+        group: columns of a partial sum.
+        largest: magnitude of the largest.
+
+    Returns:
+        a function of x, int8 ``[m, columns]`` filled to a multiple of 32, the steps ``top / largest`` float32
+        ``[m, 1]``, and the sums of the numbers of each group, int32 ``[m, groups]``.
+    """
+    from tvm.script import tirx as T
+
+    wide, groups, lanes = padded(columns, 2 * _STEPS16), -(-columns // group), 16
+    whole_lanes, loop = columns // lanes, _loop(parallel)
+    every = T.ramp(0, 1, lanes)
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        x: T.Buffer((m, columns), "float32"),
+        numbers: T.Buffer((m, wide), "int8"),
+        steps: T.Buffer((m, 1), "float32"),
+        sums: T.Buffer((m, groups), "int32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        most = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        top = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        factor = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        total = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
+        for i in loop(m):
+            most[every] = T.broadcast(T.float32(0), lanes)
+            for k in T.serial(whole_lanes):
+                most[every] = T.max(most[every], T.fabs(x[i, T.ramp(k * lanes, 1, lanes)]))
+            top[0] = T.float32(0)
+            for lane in T.unroll(lanes):
+                top[0] = T.max(top[0], most[lane])
+            for k in T.serial(columns - whole_lanes * lanes):
+                top[0] = T.max(top[0], T.fabs(x[i, whole_lanes * lanes + k]))
+            steps[i, 0] = top[0] / T.float32(largest)
+            factor[0] = T.if_then_else(top[0] > T.float32(0), T.float32(largest) / top[0], T.float32(0))
+            for k in T.serial(whole_lanes):
+                numbers[i, T.ramp(k * lanes, 1, lanes)] = T.Cast(
+                    f"int8x{lanes}", T.nearbyint(x[i, T.ramp(k * lanes, 1, lanes)] * T.broadcast(factor[0], lanes))
+                )
+            for k in T.serial(columns - whole_lanes * lanes):
+                numbers[i, whole_lanes * lanes + k] = T.Cast(
+                    "int8", T.nearbyint(x[i, whole_lanes * lanes + k] * factor[0])
+                )
+            for k in T.serial(wide - columns):
+                numbers[i, columns + k] = T.int8(0)
+            for g in T.serial(groups):
+                total[every] = T.broadcast(T.int32(0), lanes)
+                for k in T.serial(T.min(group, columns - g * group) // lanes):
+                    total[every] += T.Cast(f"int32x{lanes}", numbers[i, T.ramp(g * group + k * lanes, 1, lanes)])
+                for k in T.serial(T.min(group, columns - g * group) % lanes):
+                    total[0] += T.Cast(
+                        "int32", numbers[i, g * group + T.min(group, columns - g * group) // lanes * lanes + k]
+                    )
+                sums[i, g] = T.int32(0)
+                for lane in T.unroll(lanes):
+                    sums[i, g] += total[lane]
+
+    return kernel.with_attr(_OPAQUE)
+
+
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # low halves of four bytes, then their high halves
+
+
+def bytes_of(codes: np.ndarray, how: Bytes, blocks: int) -> np.ndarray:
+    """Codes of four bits as :func:`book_int8` reads them."""
+    return words(codes, how.lanes, blocks, _ORDER)
+
+
+def byte_table(numbers: np.ndarray, how: Bytes) -> np.ndarray:
+    """16 levels as whole numbers, int8, once for each 128 bits of a register."""
+    return np.tile((numbers.astype(np.int16) + how.offset).astype(np.uint8).view(np.int8), how.lanes // 4)
+
+
+def _dot(how: Bytes) -> Any:
+    """Function that adds to 32-bit lanes four products each of levels and of activations."""
+    from tvm.script import tirx as T
+
+    lanes = how.lanes
+    name, total = T.llvm_lookup_intrinsic_id(how.dot), f"int32x{lanes}"
+    if how.feature != "avx2":
+        return lambda c, w, x: T.call_llvm_pure_intrin(name, c, w, x, dtype=total)
+    widen, ones = T.llvm_lookup_intrinsic_id("llvm.x86.avx2.pmadd.wd"), T.broadcast(T.int16(1), 2 * lanes)
+
+    def add(c: Any, w: Any, x: Any) -> Any:
+        pairs = T.call_llvm_pure_intrin(name, w, x, dtype=f"int16x{2 * lanes}")
+        return c + T.call_llvm_pure_intrin(widen, pairs, ones, dtype=total)
+
+    return add
+
+
+def book_int8(m: int, n: int, columns: int, group: int, how: Bytes, *, parallel: bool) -> Any:
+    """Integer activations ``x [m, columns]`` times the weights of a book, ``[m, n]``.
+
+    Args:
+        m, n, columns, group, parallel: as of :func:`book`.
+        how: the instructions.
+
+    Returns:
+        a function of the results of :func:`quantised`, :func:`bytes_of`, scales float32
+        ``[tiles, groups, blocks, lanes]``, :func:`byte_table`, and the result.
+    """
+    from tvm.script import tirx as T
+
+    assert 2 * (LARGEST + how.offset) * FINE < 1 << 15, "VPMADDUBSW would saturate"
+    lanes, blocks = how.lanes, tiles_of(m, 16)
+    size = 4 * lanes
+    tiles, deep = padded(n, lanes * blocks) // (lanes * blocks), padded(columns, WORD) // WORD
+    groups, per, wide = -(-columns // group), group // WORD, padded(columns, 2 * _STEPS16)
+    ahead, loop, dot, ask = _AHEAD // (blocks * size), _loop(parallel), _dot(how), _fetch()
+    every, nibble = T.ramp(0, 1, lanes), T.broadcast(T.int32(0x0F0F0F0F), lanes)
+    permute, raised = T.llvm_lookup_intrinsic_id(how.permute), how.offset
+
+    def level(held: Any, word: Any, half: Any) -> Any:
+        number = T.bitwise_and(T.shift_right(word, T.broadcast(4 * half, lanes)), nibble)
+        number = T.reinterpret(number, dtype=f"int8x{size}")
+        return T.call_llvm_pure_intrin(permute, held, number, dtype=f"int8x{size}")
+
+    def four(values: Any) -> Any:
+        return T.reinterpret(T.broadcast(T.reinterpret(values, dtype="int32"), lanes), dtype=f"int8x{size}")
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        x: T.Buffer((m, wide), "int8"),
+        steps: T.Buffer((m, 1), "float32"),
+        sums: T.Buffer((m, groups), "int32"),
+        weights: T.Buffer((tiles, deep, blocks, lanes), "int32"),
+        scales: T.Buffer((tiles, groups, blocks, lanes), "float32"),
+        levels: T.Buffer((size,), "int8"),
+        y: T.Buffer((m, n), "float32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        total = T.sblock_alloc_buffer((m, blocks, lanes), "float32", scope="local")
+        part = T.sblock_alloc_buffer((m, blocks, 2, lanes), "int32", scope="local")
+        for o in loop(tiles):
+            for i in T.unroll(m):
+                for b in T.unroll(blocks):
+                    total[i, b, every] = T.broadcast(T.float32(0), lanes)
+            for g in T.serial(groups):
+                for i in T.unroll(m):
+                    for b in T.unroll(blocks):
+                        part[i, b, 0, every] = T.broadcast(sums[i, g] * T.int32(-raised), lanes)
+                        part[i, b, 1, every] = T.broadcast(T.int32(0), lanes)
+                for k in T.serial(T.min(per, deep - g * per)):
+                    for b in T.unroll(blocks):
+                        T.evaluate(ask(T.address_of(weights[o, g * per + k + ahead, b, 0])))
+                        for h in T.unroll(2):
+                            for i in T.unroll(m):
+                                part[i, b, h, every] = dot(
+                                    part[i, b, h, every],
+                                    level(levels[T.ramp(0, 1, size)], weights[o, g * per + k, b, every], h),
+                                    four(x[i, T.ramp((g * per + k) * WORD + 4 * h, 1, 4)]),
+                                )
+                for i in T.unroll(m):
+                    for b in T.unroll(blocks):
+                        total[i, b, every] += (
+                            T.Cast(f"float32x{lanes}", part[i, b, 0, every] + part[i, b, 1, every])
+                            * scales[o, g, b, every]
+                        )
+            for i in T.serial(m):
+                for b in T.serial(blocks):
+                    for lane in T.serial(lanes):
+                        if (o * blocks + b) * lanes + lane < n:
+                            y[i, (o * blocks + b) * lanes + lane] = total[i, b, lane] * steps[i, 0]
+
+    return kernel.with_attr(_OPAQUE)
+
+
+_ROWS, _COLUMNS = 4, 32  # of a tile of narrow weights: eight vectors of 16 sums of 16 bits
+
+
+def narrow_pack(weight: np.ndarray) -> np.ndarray:
+    """Whole numbers up to 8 in magnitude, int8 ``[n, columns]``, as uint8 ``[n / 32, columns / 2, 64]``, raised by 8.
+
+    Raises:
+        ValueError: a number is larger, so that sums of 16 bits could overflow.
+    """
+    if np.abs(weight.astype(np.int16)).max() > NARROW:
+        raise ValueError(f"a weight exceeds {NARROW} in magnitude")
+    n, columns = weight.shape
+    wide = np.zeros((padded(n, _COLUMNS), padded(columns, 2 * _STEPS16)), np.uint8)
+    wide[:n, :columns] = weight
+    wide = (wide + NARROW).astype(np.uint8)
+    wide = wide.reshape(-1, _COLUMNS, wide.shape[1] // 2, 2)
+    return np.ascontiguousarray(wide.transpose(0, 2, 1, 3).reshape(wide.shape[0], wide.shape[2], 2 * _COLUMNS))
+
+
+def narrow(m: int, n: int, columns: int, *, parallel: bool) -> Any:
+    """Integer activations up to 63 times narrow weights, ``[m, n]``, by AVX2.
+
+    Args:
+        m, n, columns, parallel: as of :func:`book`.
+
+    Returns:
+        a function of the results of :func:`quantised`, :func:`narrow_pack`, scales float32 ``[n]``, and the result.
+    """
+    from tvm.script import tirx as T
+
+    assert _STEPS16 * 2 * (2 * NARROW) * COARSE < 1 << 15, "16 results of VPMADDUBSW would overflow"
+    wide, loop = padded(columns, 2 * _STEPS16), _loop(parallel)
+    across, down, spans = padded(n, _COLUMNS) // _COLUMNS, padded(m, _ROWS) // _ROWS, wide // (2 * _STEPS16)
+    name, short, half = T.llvm_lookup_intrinsic_id("llvm.x86.avx2.pmadd.ub.sw"), T.ramp(0, 1, 16), 16
+
+    def pair(values: Any) -> Any:
+        return T.reinterpret(T.broadcast(T.reinterpret(values, dtype="int16"), half), dtype="int8x32")
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        x: T.Buffer((m, wide), "int8"),
+        steps: T.Buffer((m, 1), "float32"),
+        sums: T.Buffer((m, 1), "int32"),
+        weights: T.Buffer((across, wide // 2, 2 * _COLUMNS), "uint8"),
+        scales: T.Buffer((across * _COLUMNS,), "float32"),
+        y: T.Buffer((m, n), "float32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        total = T.sblock_alloc_buffer((_ROWS, 2, half), "int32", scope="local")
+        part = T.sblock_alloc_buffer((_ROWS, 2, half), "int16", scope="local")
+        for jo in loop(across):
+            for io in T.serial(down):
+                for i in T.unroll(_ROWS):
+                    for v in T.unroll(2):
+                        total[i, v, short] = T.broadcast(sums[T.min(io * _ROWS + i, m - 1), 0] * T.int32(-NARROW), half)
+                for s in T.serial(spans):
+                    for i in T.unroll(_ROWS):
+                        for v in T.unroll(2):
+                            part[i, v, short] = T.broadcast(T.int16(0), half)
+                    for k in T.unroll(_STEPS16):
+                        for i in T.unroll(_ROWS):
+                            for v in T.unroll(2):
+                                part[i, v, short] += T.call_llvm_pure_intrin(
+                                    name,
+                                    T.reinterpret(
+                                        weights[jo, s * _STEPS16 + k, T.ramp(v * 32, 1, 32)], dtype="int8x32"
+                                    ),
+                                    pair(x[T.min(io * _ROWS + i, m - 1), T.ramp((s * _STEPS16 + k) * 2, 1, 2)]),
+                                    dtype="int16x16",
+                                )
+                    for i in T.unroll(_ROWS):
+                        for v in T.unroll(2):
+                            total[i, v, short] += T.Cast("int32x16", part[i, v, short])
+                for i in T.serial(_ROWS):
+                    for v in T.serial(2):
+                        for lane in T.vectorized(half):
+                            if T.And(io * _ROWS + i < m, (jo * 2 + v) * half + lane < n):
+                                y[io * _ROWS + i, (jo * 2 + v) * half + lane] = (
+                                    T.Cast("float32", total[i, v, lane]) * scales[(jo * 2 + v) * half + lane]
+                                ) * steps[io * _ROWS + i, 0]
+
+    return kernel.with_attr(_OPAQUE)
+
+
+def angular_rows(inner: int, outer: int, have: Vectors) -> int:
+    """Rows of a tile of :func:`angular`, or 0 where the extents do not fit: half of the registers hold sums."""
+    wide, spare = divmod(outer, have.lanes)
+    rows = min(4, have.count // 2 // wide) if wide else 0
+    return 0 if spare or inner % have.lanes or rows == 0 else max(r for r in (1, 2, 4) if r <= rows)
+
+
+def angular(heads: int, tokens: int, inner: int, outer: int, have: Vectors, *, parallel: bool) -> Any:
+    """Angular attention with binary queries and keys, head by head.
+
+    ``g = b(k)^T v`` is held in registers by a few rows of ``inner`` at a time; then each token's result is
+    ``v / 2 + (b(q) g) / pi`` over its length. ``x / |x| > t`` is computed as ``x > t |x|``, so that a value within a
+    rounding of its threshold may fall on the other side of it.
+
+    Args:
+        heads: matrices of a batch.
+        tokens, inner, outer: extents of q and k ``[heads, tokens, inner]`` and of v ``[heads, tokens, outer]``, for
+            which :func:`angular_rows` is not 0.
+        have: the vector registers.
+        parallel: share the heads among threads.
+
+    Returns:
+        a function of q, k, v, the two thresholds float32 ``[1]``, and the result.
+    """
+    from tvm.script import tirx as T
+
+    lanes, rows, loop = have.lanes, angular_rows(inner, outer, have), _loop(parallel)
+    wide = outer // lanes
+    every, zero = T.ramp(0, 1, lanes), T.broadcast(T.float32(0), lanes)
+    blocks = padded(tokens, rows) // rows
+
+    def above(values: Any, limit: Any) -> Any:
+        one = T.broadcast(T.float32(1), lanes)
+        return T.Select(values > T.broadcast(limit, lanes), one, zero)
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        q: T.Buffer((heads, tokens, inner), "float32"),
+        k: T.Buffer((heads, tokens, inner), "float32"),
+        v: T.Buffer((heads, tokens, outer), "float32"),
+        q_threshold: T.Buffer((1,), "float32"),
+        k_threshold: T.Buffer((1,), "float32"),
+        y: T.Buffer((heads, tokens, outer), "float32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        keys = T.sblock_alloc_buffer((heads, tokens, inner), "float32")
+        state = T.sblock_alloc_buffer((heads, inner, outer), "float32")
+        query = T.sblock_alloc_buffer((heads, rows, inner), "float32")
+        squares = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        length = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        part = T.sblock_alloc_buffer((rows, wide, lanes), "float32", scope="local")
+        near = T.sblock_alloc_buffer((rows, wide, lanes), "float32", scope="local")
+        total = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        size = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        other = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        reach = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        for h in loop(heads):
+            for t in T.serial(tokens):
+                squares[every] = zero
+                for c in T.unroll(inner // lanes):
+                    squares[every] += k[h, t, T.ramp(c * lanes, 1, lanes)] * k[h, t, T.ramp(c * lanes, 1, lanes)]
+                length[0] = T.float32(0)
+                for lane in T.unroll(lanes):
+                    length[0] += squares[lane]
+                length[0] = T.sqrt(length[0]) * k_threshold[0]
+                for c in T.unroll(inner // lanes):
+                    keys[h, t, T.ramp(c * lanes, 1, lanes)] = above(k[h, t, T.ramp(c * lanes, 1, lanes)], length[0])
+            for d in T.serial(inner // rows):
+                for i in T.unroll(rows):
+                    for c in T.unroll(wide):
+                        part[i, c, every] = zero
+                for t in T.serial(tokens):
+                    for i in T.unroll(rows):
+                        for c in T.unroll(wide):
+                            part[i, c, every] += (
+                                T.broadcast(keys[h, t, d * rows + i], lanes) * v[h, t, T.ramp(c * lanes, 1, lanes)]
+                            )
+                for i in T.unroll(rows):
+                    for c in T.unroll(wide):
+                        state[h, d * rows + i, T.ramp(c * lanes, 1, lanes)] = part[i, c, every]
+            for o in T.serial(blocks):
+                for i in T.serial(rows):
+                    other[every] = zero
+                    for c in T.unroll(inner // lanes):
+                        other[every] += (
+                            q[h, T.min(o * rows + i, tokens - 1), T.ramp(c * lanes, 1, lanes)]
+                            * q[h, T.min(o * rows + i, tokens - 1), T.ramp(c * lanes, 1, lanes)]
+                        )
+                    reach[0] = T.float32(0)
+                    for lane in T.unroll(lanes):
+                        reach[0] += other[lane]
+                    reach[0] = T.sqrt(reach[0]) * q_threshold[0]
+                    for c in T.unroll(inner // lanes):
+                        query[h, i, T.ramp(c * lanes, 1, lanes)] = above(
+                            q[h, T.min(o * rows + i, tokens - 1), T.ramp(c * lanes, 1, lanes)], reach[0]
+                        )
+                for i in T.unroll(rows):
+                    for c in T.unroll(wide):
+                        near[i, c, every] = zero
+                for d in T.serial(inner):
+                    for i in T.unroll(rows):
+                        for c in T.unroll(wide):
+                            near[i, c, every] += (
+                                T.broadcast(query[h, i, d], lanes) * state[h, d, T.ramp(c * lanes, 1, lanes)]
+                            )
+                for i in T.unroll(rows):
+                    total[every] = zero
+                    for c in T.unroll(wide):
+                        near[i, c, every] = v[
+                            h, T.min(o * rows + i, tokens - 1), T.ramp(c * lanes, 1, lanes)
+                        ] * T.broadcast(T.float32(0.5), lanes) + near[i, c, every] * T.broadcast(
+                            T.float32(0.31830987), lanes
+                        )
+                        total[every] += near[i, c, every] * near[i, c, every]
+                    size[0] = T.float32(0)
+                    for lane in T.unroll(lanes):
+                        size[0] += total[lane]
+                    size[0] = T.sqrt(size[0])
+                    for c in T.unroll(wide):
+                        y[h, T.min(o * rows + i, tokens - 1), T.ramp(c * lanes, 1, lanes)] = near[
+                            i, c, every
+                        ] / T.broadcast(size[0], lanes)
+
+    return kernel.with_attr(_OPAQUE)

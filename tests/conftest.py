@@ -1,0 +1,15 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the user's cache; those that look into one set a folder of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EDGECOMPILE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
