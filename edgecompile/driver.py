@@ -566,9 +566,13 @@ class _Timer:
         self._target, self._source, self._options, self._folder, self._say = target, source, options, folder, say
         self._built = 0
 
-    @functools.cached_property
-    def facts(self) -> dict[str, str]:
+    @property
+    def facts(self) -> Mapping[str, str]:
         """Target, options, versions, device and CPU."""
+        return self._facts
+
+    @functools.cached_property
+    def _facts(self) -> dict[str, str]:
         engine, _ = self._build(self._source.graph)
         manifest, threads = engine.manifest, engine.threads
         engine.close()

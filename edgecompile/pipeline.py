@@ -116,13 +116,12 @@ Evaluate = Callable[[Graph, bool], float]
 
 
 class Measure(Protocol):
-    """Times graphs on the target of the build.
+    """Times graphs on the target of the build."""
 
-    Attributes:
-        facts: what times depend on: target, options, versions, device.
-    """
-
-    facts: Mapping[str, str]
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """What times depend on: target, options, versions, device."""
+        ...
 
     def __call__(self, graphs: Sequence[Graph], seconds: float, sessions: int) -> Sequence[Samples]:
         """Lower the graphs and time them interleaved, for some wall time per graph, in fresh sessions."""

@@ -374,8 +374,9 @@ def place(
                 group.join(node.outputs[0], tensor)
     for tensor in demanded.values():
         owner = fold.owner(tensor)
-        whole = rules.through and owner is not None and id(owner) in ids
-        whole = whole and (by_op[owner.op].output or not graph.is_output(tensor))
+        whole = False
+        if rules.through and owner is not None and id(owner) in ids:
+            whole = by_op[owner.op].output or not graph.is_output(tensor)
         slots = [(n, i) for n, i in _slots(tensor) if id(n) in ids or (id(n), i) in residuals]
         points[tensor.name] = Point(tensor, None if whole else slots, group.of(tensor), fold.bounds(tensor))
     floats += _others(graph, rules, fold, ids, {id(n) for n, _ in floats})

@@ -145,10 +145,11 @@ class Prune(Pass):
         self, graph: Graph, context: Context, found: Groups, importance: measures.Scores, feeds: Sequence[Feeds]
     ) -> tuple[Callable[[float], _Choice], search.Path, int]:
         """What chooses widths for a share, the path that it chooses from, and the alignment."""
+        weights = measures.weights(graph, found, importance, feeds[:_JUDGED]) if feeds else {}
         if self.params:
             align = self.align or search.ALIGNMENTS[0]
             choices = search.candidates(found, graph, align)
-            way = search.by_parameters(graph, found, importance, choices)
+            way = search.by_parameters(graph, found, importance, choices, weights)
 
             def by_parameters(share: float) -> _Choice:
                 widths = search.fit_parameters(graph, found, importance, way, share)
@@ -172,7 +173,7 @@ class Prune(Pass):
             )
         if table.estimated:
             context.note(f"{len(table.estimated)} of {len(table.seconds)} layers were not timed: the time ran out")
-        whole = search.path(found, importance, choices, table)
+        whole = search.path(found, importance, choices, table, weights=weights)
 
         def by_latency(share: float) -> _Choice:
             way, allowed = whole, dict(choices)
@@ -188,7 +189,7 @@ class Prune(Pass):
                     units = found[name].units
                     context.note(f"{name}: cut from {units} to {made.widths[name]} units, undone: it did not pay")
                     allowed[name] = [units]
-                way = search.path(found, importance, allowed, table)
+                way = search.path(found, importance, allowed, table, weights=weights)
 
         return by_latency, whole, align
 

@@ -1,7 +1,8 @@
 """How much each unit of a group matters, by three measures; the least important go first.
 
 Every score is an energy: it adds up over the members of a group, and over the units that go. Within a group the scores
-have mean 1, so that what a group loses is a share of what it had, and groups of different layers compare.
+have mean 1, so that what a group loses is a share of what it had. How much a share of one group matters against that of
+another is asked of the outputs, where there is data to run (:func:`weights`).
 
 *magnitude*: the squared norm of the weights of a unit in every layer that makes or reads it, each over the layer's
 mean: the group norm of DepGraph (Fang et al., CVPR 2023, section 3.3) with the normalisation that makes layers of
@@ -30,7 +31,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from edgecompile import sensitivity
+from edgecompile import qdq, sensitivity
 from edgecompile.errors import InputError, missing_extra
 from edgecompile.graph import Graph
 from edgecompile.oracle import Feeds
@@ -55,15 +56,15 @@ def magnitude(graph: Graph, found: Groups, order: int = 2) -> Scores:
         found: its groups.
         order: 2 for sums of squares, 1 for sums of absolute values.
     """
-    weights = _Weights(graph)
-    return {group.name: _magnitude(weights, group, order) for group in found.prunable}
+    values = _Weights(graph)
+    return {group.name: _magnitude(values, group, order) for group in found.prunable}
 
 
-def _magnitude(weights: _Weights, group: Group, order: int = 2) -> np.ndarray:
+def _magnitude(values: _Weights, group: Group, order: int = 2) -> np.ndarray:
     total = np.zeros(group.units)
     for member in _distinct(m for m in group.members if m.role in ("in", "out")):
-        values = weights(member)
-        total += _normal(_per_unit(member, _profile(np.abs(values) ** order, member.axis)))
+        energy = np.abs(values(member)) ** order
+        total += _normal(_per_unit(member, _profile(energy, member.axis)))
     return _normal(total)
 
 
@@ -78,16 +79,16 @@ def activation(graph: Graph, found: Groups, feeds: Iterable[Feeds]) -> Scores:
     Raises:
         InputError: the graph does not run on the data.
     """
-    weights = _Weights(graph)
-    readers, covariances = _observed(graph, found, feeds, weights)
+    values = _Weights(graph)
+    readers, covariances = _observed(graph, found, feeds, values)
     result = {}
     for group in found.prunable:
         total = np.zeros(group.units)
         for member, layer in readers[group.name]:
             variance = np.diagonal(covariances[layer.source])
-            energy = _profile(weights(member) ** 2, member.axis) * variance
+            energy = _profile(values(member) ** 2, member.axis) * variance
             total += _normal(_per_unit(member, energy))
-        result[group.name] = _normal(total) if total.any() else _magnitude(weights, group)
+        result[group.name] = _normal(total) if total.any() else _magnitude(values, group)
     return result
 
 
@@ -102,15 +103,15 @@ def reconstruction(graph: Graph, found: Groups, feeds: Iterable[Feeds]) -> Score
     Raises:
         InputError: the graph does not run on the data.
     """
-    weights = _Weights(graph)
-    readers, covariances = _observed(graph, found, feeds, weights)
+    values = _Weights(graph)
+    readers, covariances = _observed(graph, found, feeds, values)
     result = {}
     for group in found.prunable:
         states: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
         for member, layer in readers[group.name]:
-            node = weights.nodes[member.node]
+            node = values.nodes[member.node]
             covariance = covariances[layer.source]
-            matrix = consumers.matrix(node, weights(member)).reshape(-1, len(covariance), layer.taps)
+            matrix = consumers.matrix(node, values(member)).reshape(-1, len(covariance), layer.taps)
             matrix = matrix.transpose(0, 2, 1).reshape(-1, len(covariance))
             energy = float(np.einsum("oi,ij,oj->", matrix, covariance, matrix, optimize=True))
             if energy > 0:
@@ -118,7 +119,7 @@ def reconstruction(graph: Graph, found: Groups, feeds: Iterable[Feeds]) -> Score
                 inverse = np.linalg.inv(covariance + ridge * np.eye(len(covariance)))
                 # Only W^T W matters of the weights, whose rows may be many.
                 states.append((inverse, matrix.T @ matrix / energy, member.positions))
-        result[group.name] = _eliminated(states, group.units) if states else _magnitude(weights, group)
+        result[group.name] = _eliminated(states, group.units) if states else _magnitude(values, group)
     return result
 
 
@@ -151,15 +152,15 @@ _Readers = dict[str, list[tuple[Member, consumers.Linear]]]
 
 
 def _observed(
-    graph: Graph, found: Groups, feeds: Iterable[Feeds], weights: _Weights
+    graph: Graph, found: Groups, feeds: Iterable[Feeds], values: _Weights
 ) -> tuple[_Readers, dict[str, np.ndarray]]:
     """By group the plain layers that read it, and the covariance of what they read by tensor, over some positions."""
     readers: _Readers = {}
     for group in found.prunable:
-        layers = ((m, consumers.linear(graph, weights.nodes[m.node])) for m in group.consumers)
+        layers = ((m, consumers.linear(graph, values.nodes[m.node])) for m in group.consumers)
         readers[group.name] = [(m, layer) for m, layer in layers if layer is not None and layer.slot == m.input]
     pairs = [pair for one in readers.values() for pair in one]
-    axes = {layer.source: 1 if weights.nodes[m.node].op == "Conv" else -1 for m, layer in pairs}
+    axes = {layer.source: 1 if values.nodes[m.node].op == "Conv" else -1 for m, layer in pairs}
     sums: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
     rng = np.random.default_rng(0)
     for seen in sensitivity.activations(graph, list(axes), list(feeds)) if axes else ():
@@ -194,7 +195,7 @@ def taylor(graph: Graph, found: Groups, feeds: Iterable[Feeds], seed: int = 0) -
         from edgecompile.torch_graph import TorchGraph
     except ImportError:
         raise missing_extra("score=taylor cannot take gradients", "torch", "torch") from None
-    weights, module = _Weights(graph), TorchGraph(graph)
+    values, module = _Weights(graph), TorchGraph(graph)
     parameters = dict(module.named_parameters())
     total = {group.name: np.zeros(group.units) for group in found.prunable}
     generator = torch.Generator().manual_seed(seed)
@@ -217,7 +218,7 @@ def taylor(graph: Graph, found: Groups, feeds: Iterable[Feeds], seed: int = 0) -
                     change += _per_unit(member, _profile(product, member.axis))
             total[group.name] += change**2
     return {
-        group.name: _normal(total[group.name]) if total[group.name].any() else _magnitude(weights, group)
+        group.name: _normal(total[group.name]) if total[group.name].any() else _magnitude(values, group)
         for group in found.prunable
     }
 
@@ -238,6 +239,34 @@ def compute(kind: str, graph: Graph, found: Groups, feeds: Sequence[Feeds]) -> S
         )  # fmt: skip
     kinds = {"activation": activation, "reconstruction": reconstruction, "taylor": taylor}
     return kinds[kind](graph, found, feeds)
+
+
+def weights(graph: Graph, found: Groups, scores: Scores, feeds: Sequence[Feeds]) -> dict[str, float]:
+    """How much a share of a group's importance matters to the outputs, by group; mean 1.
+
+    Each group alone loses the least important quarter of its units; the weight is the noise of the outputs over their
+    signal, at most 1, over the share of the importance that went.
+
+    Args:
+        graph: the graph that was analysed.
+        found, scores: its groups and their scores.
+        feeds: data to run.
+
+    Raises:
+        InputError: the graph does not run on the data.
+    """
+    reference = list(map(qdq.kernels(graph), feeds))
+    result = {}
+    for group in found.prunable:
+        gone = max(1, group.units // 4)
+        keep = np.sort(np.argsort(scores[group.name], kind="stable")[gone:])
+        cut = graph.copy()
+        found.cut(cut, {group.name: keep})
+        noise = 10 ** (-qdq.snr(reference, map(qdq.kernels(cut), feeds)) / 10)
+        share = 1 - scores[group.name][keep].sum() / scores[group.name].sum()
+        result[group.name] = min(noise, 1.0) / max(share, 1e-6)
+    mean = np.mean(list(result.values()))
+    return {name: max(value / mean, 1e-3) if mean > 0 else 1.0 for name, value in result.items()}
 
 
 def share_kept(scores: Scores, keep: Mapping[str, Sequence[int] | np.ndarray]) -> float:

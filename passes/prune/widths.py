@@ -12,9 +12,9 @@ which is exact for the multiply-accumulates of a dense layer.
 ``align=0`` the table says which: of 8, 16 and 32 the finest whose odd multiples cost, per channel, at most 5 % more
 than the best.
 
-**Choice.** Cutting a group to the share s of its importance costs -log s. Among the next narrower widths of all groups
-the one that saves most per cost is taken, again and again: the greedy solution of the knapsack, and its path is the
-Pareto front that the report shows. What saves no time by the table is not taken.
+**Choice.** Cutting a group to the share s of its importance costs -log s, times the group's weight. Among the next
+narrower widths of all groups the one that saves most per cost is taken, again and again: the greedy solution of the
+knapsack, and its path is the Pareto front that the report shows. What saves no time by the table is not taken.
 
 **Correction.** The table knows single layers; a runtime fuses them, and moves data between. So the cut graph is
 measured against the original, interleaved, and the goal by the table is moved (regula falsi) until the measured ratio
@@ -340,7 +340,14 @@ class Path:
         return next((w for w, cost in zip(states, (1.0, *self.costs), strict=True) if cost <= share), states[-1])
 
 
-def path(found: Groups, scores: Scores, choices: Mapping[str, Sequence[int]], costs: Table, rest: float = 0.0) -> Path:
+def path(
+    found: Groups,
+    scores: Scores,
+    choices: Mapping[str, Sequence[int]],
+    costs: Table,
+    rest: float = 0.0,
+    weights: Mapping[str, float] = {},
+) -> Path:
     """The greedy path: at each step the cut that saves most per importance lost.
 
     Args:
@@ -349,6 +356,7 @@ def path(found: Groups, scores: Scores, choices: Mapping[str, Sequence[int]], co
         choices: widths that each group may have, widest first.
         costs: of the layers: seconds, or another measure in the same form.
         rest: cost of what no cut changes.
+        weights: how much each group matters, 1 for those that are not named.
     """
     full = {g.name: g.units for g in found.prunable}
     left = {name: np.cumsum([0.0, *np.sort(scores[name])[::-1]]) / scores[name].sum() for name in full}
@@ -364,7 +372,8 @@ def path(found: Groups, scores: Scores, choices: Mapping[str, Sequence[int]], co
                 saved = now - costs.around(name, {**widths, name: width})
                 lost = math.log(left[name][widths[name]] / max(left[name][width], 1e-12))
                 if saved > 1e-9 * whole:
-                    best[name] = max(best.get(name, (0.0, 0)), (saved / max(lost, 1e-9), width))
+                    lost = max(lost * weights.get(name, 1.0), 1e-9)
+                    best[name] = max(best.get(name, (0.0, 0)), (saved / lost, width))
                 if width <= widths[name] // 2:
                     break
         if not best:
@@ -498,7 +507,13 @@ def unpaid(
 # -- parameters --------------------------------------------------------------------------------------------------------
 
 
-def by_parameters(graph: Graph, found: Groups, scores: Scores, choices: Mapping[str, Sequence[int]]) -> Path:
+def by_parameters(
+    graph: Graph,
+    found: Groups,
+    scores: Scores,
+    choices: Mapping[str, Sequence[int]],
+    weights: Mapping[str, float] = {},
+) -> Path:
     """The greedy path where the cost is the number of parameters, by layers as :class:`Table` counts time."""
     nodes = {key(n): n for n in graph.nodes}
     sizes: dict[str, float] = {}
@@ -517,7 +532,7 @@ def by_parameters(graph: Graph, found: Groups, scores: Scores, choices: Mapping[
             old = shares.setdefault(m.tensor, {}).get(group.name, [(0, 1.0), (group.units, 1.0)])
             shares[m.tensor][group.name] = [(0, old[0][1] * (1 - gone)), (group.units, 1.0)]
     rest = sum(v.size for v in graph.constants().values() if v.dtype.kind in "fV") - sum(sizes.values())
-    return path(found, scores, choices, Table(sizes, shares), rest)
+    return path(found, scores, choices, Table(sizes, shares), rest, weights)
 
 
 def fit_parameters(graph: Graph, found: Groups, scores: Scores, way: Path, target: float) -> Widths:

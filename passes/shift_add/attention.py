@@ -327,7 +327,7 @@ def write(graph: Graph, one: Attention, form: str, threshold: str, known: Statis
         for t, flag in zip((one.q, one.k, one.v), one.turned, strict=True)
     ]
     thresholds = [
-        graph.new_constant(f"{hint}_threshold", np.float32(value)) if threshold == "fixed"
+        graph.new_constant(f"{hint}_threshold", np.asarray(value, np.float32)) if threshold == "fixed"
         else _mean(graph, added, x, rank, threshold) for x, value in zip(operands, known.thresholds, strict=False)
     ]  # fmt: skip
     if form == "angular":

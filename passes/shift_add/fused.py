@@ -114,7 +114,7 @@ def _joined(graph: Graph, added: _Added, x: Tensor) -> Tensor:
 def _attend(graph: Graph, added: _Added, q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     (turned,) = added("Transpose", [k], perm=[0, 1, 3, 2])
     (scores,) = added("MatMul", [q, turned])
-    (scores,) = added("Mul", [scores, graph.new_constant("scale", np.float32(scale))])
+    (scores,) = added("Mul", [scores, graph.new_constant("scale", np.asarray(scale, np.float32))])
     if bias is not None:
         (scores,) = added("Add", [scores, bias])
     return added("MatMul", [added("Softmax", [scores], axis=-1)[0], v])[0]
@@ -131,7 +131,8 @@ def _standard(graph: Graph, node: gs.Node, added: _Added) -> Tensor:
         heads = int(node.attrs["q_num_heads"])
         size //= heads
         operands = [_heads(graph, added, x, heads) for x in operands]
-    result = _attend(graph, added, *operands, _scale(node, size), _input(node, 3))
+    q, k, v = operands
+    result = _attend(graph, added, q, k, v, _scale(node, size), _input(node, 3))
     return _joined(graph, added, result) if flat else result
 
 
@@ -142,7 +143,8 @@ def _multi_head(graph: Graph, node: gs.Node, added: _Added) -> Tensor:
         parts = added("Split", [bias, _ints(graph, sizes)], 3, axis=0)
         operands = [added("Add", [x, part])[0] for x, part in zip(operands, parts, strict=True)]
     operands = [_heads(graph, added, x, heads) for x in operands]
-    result = _attend(graph, added, *operands, _scale(node, sizes[0] // heads), _input(node, 5))
+    q, k, v = operands
+    result = _attend(graph, added, q, k, v, _scale(node, sizes[0] // heads), _input(node, 5))
     return _joined(graph, added, result)
 
 
@@ -154,7 +156,8 @@ def _microsoft(graph: Graph, node: gs.Node, added: _Added) -> Tensor:
         (joint,) = added("Add", [joint, bias])
     parts = added("Split", [joint, _ints(graph, sizes)], 3, axis=-1)
     operands = [_heads(graph, added, x, heads) for x in parts]
-    result = _attend(graph, added, *operands, _scale(node, sizes[0] // heads), _input(node, 5))
+    q, k, v = operands
+    result = _attend(graph, added, q, k, v, _scale(node, sizes[0] // heads), _input(node, 5))
     return _joined(graph, added, result)
 
 

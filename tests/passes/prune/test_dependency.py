@@ -270,6 +270,15 @@ def test_what_cannot_be_proved_stays_whole(case: str):
     assert found.parameters_removed(graph, {group.name: np.arange(group.units)}) == 0
 
 
+def test_a_reason_names_the_axis_that_cannot_go():
+    graph = image("m = ReduceMean(a, i) n = ReduceMax(a, i) c = Concat<axis=1>(m, n) d = Conv(c, w) z = Mul(a, d)", 8,
+                  i=ints(1), w=(1, 2, 1, 1))  # fmt: skip
+    found = groups(graph)
+    (pair,) = (g for g in found.whole if g.units == 2)
+    assert pair.reason == "d (Conv) ties it to axis 1 of 'c', which c (Concat) computes: nothing of it can go"
+    assert sizes(found) == [8]
+
+
 def test_a_wrong_plan_is_refused():
     graph = image("z = Relu(a)", 8)
     found = groups(graph)

@@ -152,3 +152,17 @@ def test_the_share_kept_multiplies_over_the_groups():
     given = {"a": np.array([3.0, 1.0]), "b": np.array([1.0, 1.0, 2.0])}
     assert scores.share_kept(given, {"a": [0], "b": [0, 2]}) == pytest.approx(0.75 * 0.75)
     assert scores.share_kept(given, {}) == 1.0
+
+
+def test_the_weight_of_a_group_is_what_the_outputs_lose_by_it():
+    graph, feeds = chain(), samples(4)
+    found = groups(graph)
+    given = scores.magnitude(graph, found)
+    before = scores.weights(graph, found, given, feeds)
+    assert np.mean(list(before.values())) == pytest.approx(1) and min(before.values()) > 0
+    head = graph.constants()["h.w"].copy()
+    least = np.argsort(given["c"])[:4]
+    head[:, least] = 0  # what would go first is not read at all
+    quiet = change(chain(), **{"h.w": head})
+    after = scores.weights(quiet, groups(quiet), given, feeds)
+    assert after["c"] < 0.01 < before["c"]

@@ -144,6 +144,17 @@ def test_the_path_starts_with_what_saves_most_for_its_importance():
     assert {name for name, _ in widths.path(found, importance, choices, table).steps[:6]} > {"b"}
 
 
+def test_a_group_that_matters_more_is_cut_later():
+    graph, timer = chain(), Formula()
+    found, choices, table = table_of(graph, timer)
+    importance = scores.magnitude(graph, found)
+    plain = widths.path(found, importance, choices, table)
+    first = plain.steps[0][0]
+    heavy = widths.path(found, importance, choices, table, weights={first: 1e4})
+    assert heavy.steps[0][0] != first
+    assert widths.path(found, importance, choices, table, weights={first: 1.0}) == plain
+
+
 def test_the_greedy_choice_is_close_to_the_best_of_all():
     graph, timer = chain(), Formula()
     found, choices, table = table_of(graph, timer)
