@@ -143,10 +143,11 @@ def top1(graph: Any, images: np.ndarray, labels: np.ndarray) -> float:
     return 100 * float((np.array(answers) == labels).mean())
 
 
-def tuned(module: Any, images: np.ndarray, labels: np.ndarray, rate: float, batch: int = 32) -> None:
+def tuned(module: Any, train: tuple[np.ndarray, np.ndarray], rate: float, batch: int = 32) -> None:
     """One epoch of SGD, in place; the order of the images is the same for every module."""
     import torch
 
+    images, labels = train
     order = np.random.default_rng(0).permutation(len(images))
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, rate, momentum=0.9)
@@ -210,7 +211,7 @@ def ours(graph: Any, data: dict[str, Any], share: float, kind: str, rates: list[
     row["tuned"] = {}
     for rate in rates:
         module = TorchGraph(repaired)
-        tuned(module, *data["train"], rate)
+        tuned(module, data["train"], rate)
         row["tuned"][str(rate)] = top1(module.to_graph(), *data["test"])
     return row, cut
 
@@ -247,7 +248,7 @@ def theirs(
     row["tuned"] = {}
     for rate in rates:
         again = copy.deepcopy(made).eval()
-        tuned(again, *data["train"], rate)
+        tuned(again, data["train"], rate)
         row["tuned"][str(rate)] = top1(exported(again), *data["test"])
     return row, own
 

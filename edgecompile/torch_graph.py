@@ -104,11 +104,15 @@ class TorchGraph(nn.Module):
             raise InputError(f"{len(inputs)} inputs were given", f"the model has {len(ports)}")
         fixed = all(t.shape and t.shape[0] == 1 for t in ports)
         if fixed and inputs[0].shape[0] != 1:
-            found = torch.vmap(lambda *one: self._run([x.unsqueeze(0) for x in one]))(*inputs)
+            found = torch.vmap(self._alone)(*inputs)
             found = tuple(y.squeeze(1) for y in found)
         else:
             found = self._run(inputs)
         return found[0] if len(found) == 1 else tuple(found)
+
+    def _alone(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """The outputs for one sample, given without its batch axis."""
+        return self._run([x.unsqueeze(0) for x in inputs])
 
     def _run(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         values: dict[int, Any] = dict(zip(map(id, self._graph.inputs), inputs, strict=True))

@@ -163,7 +163,7 @@ class Groups:
         stays = self._stays(keep)
         for name, axes in self._tensors.items():
             for axis, labels in axes.items():
-                if not stays[labels].all(axis=1).any():
+                if not _every(stays, labels).any():
                     raise InputError(f"nothing of axis {axis} of {name!r} would be left", fix="keep more channels")
         for tensor, uses, shared in self._slices(graph, stays):
             versions = {which: _restricted(graph.constant(tensor), masks) for which, (masks, _) in uses.items()}
@@ -182,7 +182,7 @@ class Groups:
                 if tensor.shape is not None and tensor.name in self._tensors and not graph.is_output(tensor):
                     axes = self._tensors[tensor.name]
                     tensor.shape = [
-                        int(stays[axes[i]].all(axis=1).sum()) if i in axes else n for i, n in enumerate(tensor.shape)
+                        int(_every(stays, axes[i]).sum()) if i in axes else n for i, n in enumerate(tensor.shape)
                     ]
         graph.tidy()
 
@@ -195,7 +195,7 @@ class Groups:
         stays = self._stays(keep)
         nodes = {key(n): n for n in graph.nodes}
         for sum_ in self._contractions:
-            mask = stays[sum_.labels].all(axis=1)
+            mask = _every(stays, sum_.labels)
             if mask.all():
                 continue
             node = nodes[sum_.node]
@@ -230,7 +230,7 @@ class Groups:
             InputError: ``keep`` does not fit the groups.
         """
         stays = self._stays(keep)
-        found = {place: stays[labels].all(axis=1) for place, labels in self._labels(graph).items()}
+        found = {place: _every(stays, labels) for place, labels in self._labels(graph).items()}
         return {place: mask for place, mask in found.items() if not mask.all()}
 
     def keep(self, graph: Graph, kept: Mapping[Place, np.ndarray]) -> dict[str, np.ndarray]:
@@ -261,7 +261,7 @@ class Groups:
                 raise InputError(f"axis {axis} of {tensor!r} cannot be cut", "no group of this graph lies on it")
         stays[NEVER] = True
         for (tensor, _, axis), found, mask in wanted:
-            if not np.array_equal(stays[found].all(axis=1), mask):
+            if not np.array_equal(_every(stays, found), mask):
                 raise InputError(
                     f"axis {axis} of {tensor!r} cannot keep just these {int(mask.sum())} of {len(mask)} positions",
                     "in this graph other channels are tied to them",
@@ -315,7 +315,7 @@ class Groups:
         nodes = {key(n): n for n in graph.nodes}
         found: dict[int, tuple[gs.Tensor, _Uses]] = {}
         for (name, index), axes in self._parameters.items():
-            kept = {axis: stays[labels].all(axis=1) for axis, labels in axes.items()}
+            kept = {axis: _every(stays, labels) for axis, labels in axes.items()}
             if all(k.all() for k in kept.values()):
                 continue
             tensor = nodes[name].inputs[index]
@@ -341,6 +341,11 @@ def groups(graph: Graph) -> Groups:
     return _Analysis(graph).result()
 
 
+def _every(stays: np.ndarray, labels: Labels) -> np.ndarray:
+    """Which positions of an axis stay, bool ``[extent]``: those of which all atoms do."""
+    return np.asarray(stays[labels].all(axis=1))
+
+
 def _restricted(values: np.ndarray | None, masks: Sequence[np.ndarray]) -> np.ndarray:
     """The positions of an array that stay, by axis."""
     assert values is not None
@@ -352,7 +357,7 @@ def _restricted(values: np.ndarray | None, masks: Sequence[np.ndarray]) -> np.nd
 
 def _correct(graph: Graph, node: gs.Node, edit: Correction, stays: np.ndarray) -> None:
     """Let a mean divide by as many as before the cut, and a maximum or minimum see the zeros."""
-    share = math.prod(float(stays[labels].all(axis=1).mean()) for labels in edit.axes)
+    share = math.prod(float(_every(stays, labels).mean()) for labels in edit.axes)
     if share == 1:
         return
     output = node.outputs[0]
@@ -369,12 +374,12 @@ def _edit(graph: Graph, node: gs.Node, place: str | int, edit: Edit, stays: np.n
         return
     values = edit.values.copy()
     if isinstance(edit, Indices):
-        kept = stays[edit.labels].all(axis=1)
+        kept = _every(stays, edit.labels)
         positions = np.where(values < 0, values + len(kept), values)
         values = (np.cumsum(kept) - 1)[positions[kept[positions]] if values.ndim else positions].astype(values.dtype)
     else:
         for position, labels in edit.counts.items():
-            values.reshape(-1)[position] = stays[labels].all(axis=1).sum()
+            values.reshape(-1)[position] = _every(stays, labels).sum()
     if np.array_equal(values, edit.values):
         return
     if isinstance(place, str):
@@ -518,7 +523,7 @@ class _Analysis:
             for group in np.unique(group_of[labels]):
                 if group >= 0:
                     found = self.member(
-                        nodes[place[0]], place, number, labels, group_of == group, unit_of, sizes[group]
+                        nodes[place[0]], place, number, labels, group_of == group, unit_of, int(sizes[group])
                     )
                     members.setdefault(int(group), []).append(found)
         order = {name: i for i, name in enumerate(nodes)}

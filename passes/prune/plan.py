@@ -194,7 +194,7 @@ class Plan:
         if not isinstance(document, Mapping) or document.get("schema") != SCHEMA:
             raise InputError(f"{what} is no plan of a cut", f"its schema is not {SCHEMA}", "write it with Plan.save")
         try:
-            fields = _fields(document, {"schema": str, "graph": str, **dict.fromkeys(_ENTRIES, list)}, "it")
+            fields = _fields(document, {"schema": str, "graph": str, **dict.fromkeys(_ENTRIES, list)}, "it", {})
             made = {
                 name: tuple(
                     kind(**_fields(entry, types, f"entry {i} of {name}")) for i, entry in enumerate(fields[name])
@@ -215,7 +215,8 @@ _ENTRIES: dict[str, tuple[type, dict[str, type]]] = {
     "tensors": (Computed, {"names": list, "groups": list, **_AXIS}),
     "groups": (Width, {"name": str, "before": int, "after": int}),
 }
-_ITEMS: dict[str, tuple[type, ...]] = {
+_Items = Mapping[str, tuple[type, ...]]
+_ITEMS: _Items = {
     "kept": (int,),
     "names": (str,),
     "groups": (str,),
@@ -223,8 +224,8 @@ _ITEMS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _fields(entry: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:
-    """The fields of an object, lists as tuples."""
+def _fields(entry: Any, types: Mapping[str, type], what: str, items: _Items = _ITEMS) -> dict[str, Any]:
+    """The fields of an object, lists as tuples of what ``items`` says."""
     if not isinstance(entry, Mapping):
         raise ValueError(f"{what} is no object")
     if entry.keys() != types.keys():
@@ -234,8 +235,8 @@ def _fields(entry: Any, types: Mapping[str, type], what: str) -> dict[str, Any]:
         value = entry[name]
         if not isinstance(value, kind) or isinstance(value, bool):
             raise ValueError(f"{name!r} of {what} is {value!r:.40}, not {kind.__name__}")
-        for item in value if name in _ITEMS else ():
-            if not isinstance(item, _ITEMS[name]) or isinstance(item, bool):
+        for item in value if name in items else ():
+            if not isinstance(item, items[name]) or isinstance(item, bool):
                 raise ValueError(f"{name!r} of {what} holds {item!r:.40}")
     return {n: tuple(v) if isinstance(v, list) else v for n, v in entry.items()}
 

@@ -275,7 +275,9 @@ class Site:
             return
         edit = self.edits.setdefault(place, Integers(value))
         assert isinstance(edit, Integers)
-        edit.counts[position] = self.tie(edit.counts.get(position, axis), axis)
+        tied = self.tie(edit.counts.get(position, axis), axis)
+        assert tied is not None
+        edit.counts[position] = tied
 
 
 def _part(graph: Graph, concat: gs.Node, position: int) -> tuple[int, int] | None:

@@ -258,8 +258,8 @@ def _examples(plan: Plan) -> list[torch.Tensor]:
     made = []
     rng = np.random.default_rng(0)
     for port in plan.inputs:
-        shape = [n if isinstance(n, int) else 1 if i == 0 else None for i, n in enumerate(port.shape)]
-        if None in shape or not np.issubdtype(np.dtype(port.dtype), np.floating):
+        shape = [n if isinstance(n, int) else int(i == 0) for i, n in enumerate(port.shape)]
+        if 0 in shape or not np.issubdtype(np.dtype(port.dtype), np.floating):
             raise InputError(
                 f"there is no example of the input {port.name!r}", "it is of dynamic size or no float", "give inputs="
             )

@@ -31,6 +31,10 @@ class CodedLayer(nn.Module):
         node: one of the operators of :mod:`~edgecompile.passes.shift_add.ops` with a matrix of weights.
     """
 
+    levels: Tensor
+    codes: Tensor
+    middles: Tensor
+
     def __init__(self, graph: Graph, node: gs.Node):
         super().__init__()
         coded = read(graph, node)

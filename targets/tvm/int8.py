@@ -130,7 +130,7 @@ def _is_constant(expr: Any) -> bool:
     return isinstance(expr, GenericConst)
 
 
-def _full(value: float, rank: int, dtype: str) -> Any:
+def _full(value: float | np.float32, rank: int, dtype: str) -> Any:
     """A constant with as many axes as what it is combined with, which a change of layout can pass."""
     from tvm import relax
 

@@ -114,11 +114,11 @@ def parse(given: Mapping[str, Any]) -> Options:
             "host": host,
         }
     linker = str(value["linker"]) or (f"{machine}-linux-gnu-gcc" if machine != platform.machine() else "")
-    flags = [read_flag(name, value[name]) for name in ("schedules", "winograd")]
+    schedules, winograd = (read_flag(name, value[name]) for name in ("schedules", "winograd"))
     if value["activations"] not in _ACTIVATIONS:
         raise InputError(f"activations={value['activations']} is not known", f"it may be {' or '.join(_ACTIVATIONS)}")
     integers = value["activations"] == "int8"
-    return Options(read_threads(value["threads"]), target, machine, linker, *flags, integers)
+    return Options(read_threads(value["threads"]), target, machine, linker, schedules, winograd, integers)
 
 
 def _cpu(machine: str, triple: str, mcpu: str, mattr: str) -> dict[str, Any]:

@@ -19,6 +19,9 @@ Manual, SDOT (vector); Jacob et al., "Quantization and Training of Neural Networ
 Integer-Arithmetic-Only Inference", CVPR 2018, section 2.3; for the tiles see :mod:`.tile`.
 """
 
+# TVMScript spells the shapes of buffers as calls in annotations.
+# pyright: reportInvalidTypeForm=false
+
 from __future__ import annotations
 
 import functools

@@ -26,6 +26,9 @@ ShiftAddViT, NeurIPS 2023, section 4; Intel 64 and IA-32 Architectures Software 
 PMADDUBSW, VPDPBUSD; Arm Architecture Reference Manual, TBL and SDOT.
 """
 
+# TVMScript spells the shapes of buffers as calls in annotations.
+# pyright: reportInvalidTypeForm=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
