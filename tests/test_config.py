@@ -70,9 +70,10 @@ def test_a_file_without_a_gate_gives_the_defaults(tmp_path):
 
 def test_the_build_table_is_read_beside_a_gate(tmp_path):
     (tmp_path / "e.toml").write_text(documented())
-    assert config.load(tmp_path / "e.toml", "build", ("target", "max_drop")) == {
+    assert config.load(tmp_path / "e.toml", "build", ("target", "max_drop", "prune")) == {
         "target": "ort",
         "max_drop": "0.5%",
+        "prune": "0.7x",
     }
     with pytest.raises(InputError, match=r"e\.toml:5: \[build\] has no key 'target'; did you mean 'targets'"):
         config.load(tmp_path / "e.toml", "build", ("targets",))

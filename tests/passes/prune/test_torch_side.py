@@ -113,7 +113,7 @@ MODULES = {"repvgg_cifar": True, "shvit_cifar": False, "repavit_cifar": False, "
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("repvgg_cifar", "shvit_cifar") else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
+    "name", [n if n == "repvgg_cifar" else pytest.param(n, marks=pytest.mark.slow) for n in MODULES]
 )
 def test_the_cifar_networks_are_cut_as_their_graphs(name: str):
     x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))

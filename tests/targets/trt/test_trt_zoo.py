@@ -34,6 +34,7 @@ SMALL = {
     "damoyolo_ns": 64,
     "deanet": 32,
 }
+QUICK = ("shvit_cifar", "repavit_cifar", "repvgg_cifar")
 SNR = {
     "fp32": 80.0,
     "fp16": 40.0,
@@ -105,7 +106,7 @@ def test_a_detector_that_suppresses(tmp_path: Path, install: Install):
         assert any((boxes[0] == box).all(1) & (scores[0][:, kind] == score))
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in SMALL])
 def test_a_model_of_each_family(name: str, tmp_path: Path, install: Install):
     version = signatures.VERSIONS[list(SMALL).index(name) % len(signatures.VERSIONS)]
     precisions = preflight.PRECISIONS if name in ("shvit_cifar", "repvgg_cifar") else ("fp32", "int8")
