@@ -19,22 +19,21 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import io
 import json
 import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import trained
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-DATA = Path(os.environ.get("EDGECOMPILE_DATA", "../shared/data"))
 ORT_METHODS = ("MinMax", "Entropy", "Percentile")
 OURS = ("mse", "minmax", "percentile", "entropy")
 OWN = ("shvit_cifar", "efficientvit_cifar", "repavit_cifar", "repvgg_cifar")
@@ -47,7 +46,6 @@ CALIBRATION, SCORED = 128, 1000  # training images of CIFAR-10
 DROP = "0.2%"
 SESSIONS = 6
 FRESH = 32  # samples that real kernels and simulation are compared on: of fewer, one rounding decides
-MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
 @dataclass(frozen=True)
@@ -65,71 +63,17 @@ class Subject:
     scored: tuple[Sequence[np.ndarray], np.ndarray] | None = None
 
 
-def images(name: str, count: int | None = None, part: float = 0.0) -> tuple[Iterator[np.ndarray], np.ndarray]:
-    """Pictures of an archive, uint8 [H, W, 3], and their labels.
-
-    Args:
-        name: of the archive, which may be sorted by class.
-        count: how many, evenly spread; None for all.
-        part: where in each of `count` stretches the picture is taken, from 0 to below 1.
-    """
-    from PIL import Image
-
-    with np.load(DATA / name) as stored:
-        jpeg, ends, labels = stored["jpeg"], stored["offsets"], stored["labels"]
-    number = len(labels) if count is None else count
-    chosen = ((np.arange(number) + part) * len(labels) / number).astype(int)
-    opened = (Image.open(io.BytesIO(jpeg[ends[i] : ends[i + 1]].tobytes())) for i in chosen)
-    return (np.asarray(p.convert("RGB")) for p in opened), labels[chosen]
-
-
 def mobilenetv2() -> Subject:
     from edgecompile.graph import Graph
 
-    pictures, labels = images("imagenet_500.npz")
+    pictures, labels = trained.images("imagenet_500.npz")
     samples = [(p.astype(np.float32) / 127.5 - 1).transpose(2, 0, 1)[None] for p in pictures]
-    graph = prepared(Graph.load(DATA / "mobilenetv2_100_224_dequant.onnx"), samples[0])
+    graph = prepared(Graph.load(trained.DATA / "mobilenetv2_100_224_dequant.onnx"), samples[0])
     return Subject(graph, samples[::8], samples, labels, first=1)
 
 
 def resnet(name: str) -> Subject:
-    """He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, section 4.2, with shortcuts of option A."""
-    import torch
-    from torch import nn
-
-    class Block(nn.Module):
-        def __init__(self, entry: int, width: int):
-            super().__init__()
-            self.stride, self.more = width // entry, (width - entry) // 2
-            self.conv1 = nn.Conv2d(entry, width, 3, self.stride, 1, bias=False)
-            self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-            self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-
-        def forward(self, x):
-            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-            if self.more:
-                x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more, self.more))
-            return torch.relu(x + y)
-
-    class ResNet(nn.Module):
-        def __init__(self, blocks: int):
-            super().__init__()
-            self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-            self.layer1, self.layer2, self.layer3 = (
-                nn.Sequential(*(Block(width if i else entry, width) for i in range(blocks)))
-                for entry, width in ((16, 16), (16, 32), (32, 64))
-            )
-            self.linear = nn.Linear(64, 10)
-
-        def forward(self, x):
-            x = self.layer3(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))))
-            return self.linear(x.mean((2, 3)))
-
-    model = ResNet((int(name.removeprefix("resnet")) - 2) // 6).eval()
-    (file,) = DATA.glob(f"{name}-*.th")
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    model.load_state_dict({k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()})
-    return cifar(model, MEAN, STD)
+    return cifar(trained.resnet(name), *(np.array(v, np.float32) for v in trained.IMAGENET))
 
 
 def own(name: str) -> Subject | None:
@@ -151,7 +95,7 @@ def cifar(model: Any, mean: Any, std: Any) -> Subject:
     shift, scale = (np.asarray(v, np.float32) for v in (mean, std))
 
     def samples(archive: str, count: int | None = None, part: float = 0.0) -> tuple[list[np.ndarray], np.ndarray]:
-        pictures, labels = images(f"cifar10_{archive}.npz", count, part)
+        pictures, labels = trained.images(f"cifar10_{archive}.npz", count, part)
         return [((p / np.float32(255) - shift) / scale).transpose(2, 0, 1)[None] for p in pictures], labels
 
     calibration, _ = samples("train", CALIBRATION)
@@ -367,8 +311,8 @@ def main() -> int:
     options = parser.parse_args()
     if unknown := [n for n in options.subjects if n not in SUBJECTS]:
         parser.error(f"no subject {', '.join(unknown)}")
-    if not options.zoo and not DATA.is_dir():
-        parser.error(f"{DATA} is not there; set EDGECOMPILE_DATA")
+    if not options.zoo and not trained.DATA.is_dir():
+        parser.error(f"{trained.DATA} is not there; set EDGECOMPILE_DATA")
     from common import machine
 
     document = json.loads(options.out.read_text()) if options.out and options.out.is_file() else {}

@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
-import os
 import random
 import sys
 import tempfile
@@ -34,8 +32,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
+import trained
 
-DATA = Path(os.environ.get("EDGECOMPILE_DATA", "../shared/data"))
 TARGET, EXACT = 0.7, "clean,fold_norm,reparam"
 FAMILIES = ("shvit_s1", "efficientvit_m0", "litepose_xs", "damoyolo_ns")
 ACCURACY = 0.85
@@ -138,13 +136,9 @@ def against(graph: Any, made: Any, folder: Path, feeds: dict[str, np.ndarray], o
 
 def photographs() -> tuple[np.ndarray, np.ndarray]:
     """The 500 images as MobileNetV2 takes them, float32 ``[500, 3, 224, 224]``, and their labels."""
-    from PIL import Image
-
-    with np.load(DATA / "imagenet_500.npz") as stored:
-        jpeg, ends, labels = stored["jpeg"], stored["offsets"], stored["labels"]
-    opened = (Image.open(io.BytesIO(jpeg[ends[i] : ends[i + 1]].tobytes())) for i in range(len(labels)))
-    pixels = np.stack([np.asarray(p.convert("RGB")) for p in opened]).transpose(0, 3, 1, 2)
-    return pixels.astype(np.float32) / 127.5 - 1, labels.astype(np.int64)
+    opened, labels = trained.images("imagenet_500.npz")
+    pixels = np.stack(list(opened)).transpose(0, 3, 1, 2)
+    return pixels.astype(np.float32) / 127.5 - 1, labels
 
 
 def accuracy(variant: str) -> dict[str, Any]:
@@ -166,7 +160,7 @@ def accuracy(variant: str) -> dict[str, Any]:
         path = Path(folder) / "calibration.npy"
         np.save(path, images[calibrated])
         (Path(folder) / "export").mkdir()
-        source = frontend.load(str(DATA / "mobilenetv2_100_224_dequant.onnx"), folder=Path(folder) / "export")
+        source = frontend.load(str(trained.DATA / "mobilenetv2_100_224_dequant.onnx"), folder=Path(folder) / "export")
         made = driver.build(
             source,
             Path(folder) / "bundle",

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import io
 import json
 import os
 import sys
@@ -39,26 +38,19 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
+import trained
 
-DATA = Path(os.environ.get("EDGECOMPILE_DATA", "../shared/data"))
 NAMES = ("resnet20", "resnet32", "repvgg_cifar", "shvit_cifar", "efficientvit_cifar", "repavit_cifar")
 SCORES = ("magnitude", "activation", "taylor")
 LEAST = 0.25  # of each group stays
 ALIGN = 8  # channels: other widths are slower on ONNX Runtime than the originals
-IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def pictures(name: str, count: int, mean: Sequence[float], std: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """``count`` images spread evenly over an archive, float32 [count, 3, 32, 32], and their labels."""
-    from PIL import Image
-
-    with np.load(DATA / name) as stored:
-        jpeg, ends, labels = stored["jpeg"], stored["offsets"], stored["labels"]
-    chosen = np.linspace(0, len(labels), count, endpoint=False).astype(int)
-    raw = np.stack([np.asarray(Image.open(io.BytesIO(jpeg[ends[i] : ends[i + 1]].tobytes())).convert("RGB"))
-                    for i in chosen])  # fmt: skip
-    scaled = (raw / np.float32(255) - np.array(mean, np.float32)) / np.array(std, np.float32)
-    return scaled.transpose(0, 3, 1, 2).copy(), labels[chosen].astype(np.int64)
+    raw, labels = trained.images(name, count)
+    scaled = (np.stack(list(raw)) / np.float32(255) - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return scaled.transpose(0, 3, 1, 2).copy(), labels
 
 
 def network(name: str) -> tuple[Any, Sequence[float], Sequence[float]]:
@@ -69,47 +61,7 @@ def network(name: str) -> tuple[Any, Sequence[float], Sequence[float]]:
         entry = models.ZOO[name]
         assert entry.mean is not None and entry.std is not None
         return models.create(name, pretrained=True), entry.mean, entry.std
-    return resnet(name), *IMAGENET
-
-
-def resnet(name: str) -> Any:
-    """He et al., CVPR 2016, section 4.2, with shortcuts of option A."""
-    import torch
-    from torch import nn
-
-    class Block(nn.Module):
-        def __init__(self, entry: int, width: int):
-            super().__init__()
-            self.stride, self.more = width // entry, (width - entry) // 2
-            self.conv1 = nn.Conv2d(entry, width, 3, self.stride, 1, bias=False)
-            self.conv2 = nn.Conv2d(width, width, 3, 1, 1, bias=False)
-            self.bn1, self.bn2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
-
-        def forward(self, x):
-            y = self.bn2(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
-            if self.more:
-                x = nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.more, self.more))
-            return torch.relu(x + y)
-
-    class ResNet(nn.Module):
-        def __init__(self, blocks: int):
-            super().__init__()
-            self.conv1, self.bn1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False), nn.BatchNorm2d(16)
-            self.layer1, self.layer2, self.layer3 = (
-                nn.Sequential(*(Block(width if i else entry, width) for i in range(blocks)))
-                for entry, width in ((16, 16), (16, 32), (32, 64))
-            )
-            self.linear = nn.Linear(64, 10)
-
-        def forward(self, x):
-            x = self.layer3(self.layer2(self.layer1(torch.relu(self.bn1(self.conv1(x))))))
-            return self.linear(x.mean((2, 3)))
-
-    (file,) = DATA.glob(f"{name}-*.th")
-    state = torch.load(file, map_location="cpu", weights_only=True)
-    model = ResNet((int(name.removeprefix("resnet")) - 2) // 6)
-    model.load_state_dict({k.removeprefix("module."): v for k, v in state.get("state_dict", state).items()})
-    return model.eval()
+    return trained.resnet(name), *trained.IMAGENET
 
 
 def exported(module: Any) -> Any:
@@ -325,8 +277,8 @@ def main() -> int:
     parser.add_argument("--rates", nargs="+", type=float, default=[0.01, 0.002], help="largest learning rates")
     parser.add_argument("--seconds", type=float, default=2.0, help="per arm of the latency")
     options = parser.parse_args()
-    if not DATA.is_dir():
-        parser.error(f"{DATA} is not there; set EDGECOMPILE_DATA")
+    if not trained.DATA.is_dir():
+        parser.error(f"{trained.DATA} is not there; set EDGECOMPILE_DATA")
     if unknown := [n for n in options.names if n not in NAMES]:
         parser.error(f"no network {', '.join(unknown)}")
     for name in options.names or NAMES:

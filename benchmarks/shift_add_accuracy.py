@@ -13,9 +13,7 @@ graph.
 from __future__ import annotations
 
 import argparse
-import io
 import json
-import os
 import sys
 import tempfile
 import time
@@ -28,8 +26,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent))
 
 import common
+import trained
 
-DATA = Path(os.environ.get("EDGECOMPILE_DATA", "../shared/data"))
 NETWORKS = ("repavit_cifar", "shvit_cifar", "efficientvit_cifar", "repvgg_cifar")
 # What the pass is asked for, and the epochs of the fine-tune that follows.
 CODES = (
@@ -53,15 +51,8 @@ CALIBRATION = 64
 
 def images(name: str, count: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Pictures of an archive, uint8 ``[N, 3, 32, 32]``, and their labels."""
-    from PIL import Image
-
-    with np.load(DATA / name) as stored:
-        jpeg, ends, labels = stored["jpeg"], stored["offsets"], stored["labels"]
-    # An even sample: the archive may be sorted by class.
-    chosen = np.linspace(0, len(labels) - 1, min(count or len(labels), len(labels))).astype(int)
-    opened = (Image.open(io.BytesIO(jpeg[ends[i] : ends[i + 1]].tobytes())) for i in chosen)
-    pictures = np.stack([np.asarray(p.convert("RGB")) for p in opened]).transpose(0, 3, 1, 2)
-    return pictures, labels[chosen].astype(np.int64)
+    found, labels = trained.images(name, count)
+    return np.stack(list(found)).transpose(0, 3, 1, 2), labels
 
 
 class Subject:
