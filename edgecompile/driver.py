@@ -255,7 +255,7 @@ def _build(
         if options.prepare or target.missing() is not None:
             say(f"preparing for {options.target}")
             prepared = target.prepare(graph, options.target_options)
-            reference = _reference(source, graph, trace, options, stages)
+            reference, _ = _reference(source, graph, trace, options, stages)
             bundle.write_probe(folder, source.feeds[0], reference[0])
             manifest = bundle.write_manifest(
                 folder,
@@ -275,7 +275,7 @@ def _build(
             engine = target.build(graph, folder, options.target_options, say)
         say("checking parity")
         with clock("parity"):
-            reference = _reference(source, graph, trace, options, stages)
+            reference, left_by = _reference(source, graph, trace, options, stages)
             errors, elsewhere = {}, ""
             try:
                 errors = oracle.worst(
@@ -304,8 +304,6 @@ def _build(
                 saved = _saved(target, arms, stages, trace, layers, source.feeds[0])
         warnings = [f"{instead_of.why}; this is fp32 (--force keeps {instead_of.precision})"] if instead_of else []
         warnings += [text for text in (unchanged, elsewhere) if text]
-        if _approximated(trace, options) and not elsewhere:
-            warnings.append("parity is of the engine with what the passes left; their own errors are listed by pass")
         if data is not None and data.random:
             warnings.append("the ranges come from random numbers, which say nothing about the accuracy on real data")
         slower = _slower(dict(latency), stages, layers, options)
@@ -323,6 +321,7 @@ def _build(
             before=stats.count(source.graph, source.feeds[0]),
             after=stats.count(graph, source.feeds[0]),
             parity=errors,
+            left_by=left_by,
             tolerance=tolerance,
             latency=latency,
             accuracy=accuracy,
@@ -484,17 +483,20 @@ def _approximated(trace: Trace, options: Options) -> bool:
 
 def _reference(
     source: Source, graph: Graph, trace: Trace, options: Options, stages: Sequence[tuple[Step, Graph]]
-) -> tuple[Outputs, ...]:
-    """What an engine must compute: what the source does.
+) -> tuple[tuple[Outputs, ...], str]:
+    """What an engine must compute: what the source does. Beside it the passes that left something else, if any.
 
     In fp32 a pass that promises no more than an approximation was judged by its own budget when it ran; then it is what
     the passes left, since the tolerance of fp32 is for rounding. Below fp32 it is what pruning left, if there was any.
     """
+    left, by = None, ""
     if _approximated(trace, options):
-        return tuple(oracle.run(graph, feeds) for feeds in source.feeds)
-    if pruned := next((after for step, after in reversed(stages) if _prunes(step)), None):
-        return tuple(oracle.run(pruned, feeds) for feeds in source.feeds)
-    return source.reference or tuple(oracle.run(source.graph, feeds) for feeds in source.feeds)
+        left, by = graph, ", ".join(step.spec for step in trace.steps if step.rewrites and not step.exact)
+    elif pruned := next(((step, after) for step, after in reversed(stages) if _prunes(step)), None):
+        left, by = pruned[1], pruned[0].spec
+    if left is not None:
+        return tuple(oracle.run(left, feeds) for feeds in source.feeds), by
+    return source.reference or tuple(oracle.run(source.graph, feeds) for feeds in source.feeds), ""
 
 
 def _require_parity(errors: Mapping[str, OutputError], tolerance: float, source: Source) -> None:

@@ -103,11 +103,13 @@ class Parity:
         reference: what it was compared with, e.g. ``eager torch``.
         tolerance: largest ``max_rel`` allowed.
         outputs: error of each output.
+        of_source: whether the reference is the model as given, and not what an approximating pass left of it.
     """
 
     reference: str
     tolerance: float
     outputs: Mapping[str, OutputError]
+    of_source: bool = True
 
     @property
     def ok(self) -> bool:
@@ -348,6 +350,7 @@ class Report:
         before: Stats,
         after: Stats,
         parity: Mapping[str, OutputError],
+        left_by: str = "",
         tolerance: float,
         latency: Sequence[tuple[str, Samples]],
         accuracy: Accuracy | None,
@@ -370,6 +373,7 @@ class Report:
             trace: what the passes did.
             before, after: the graph as exported and as lowered.
             parity: the engine against the reference, per output.
+            left_by: the passes whose result is the reference; ``""`` if it is the model as given.
             tolerance: largest ``max_rel`` allowed.
             latency: label and samples of each arm, in the order plain export, after each pass, engine; may be empty.
             accuracy: what the user's ``evaluate(run)`` returned, if it was called.
@@ -395,7 +399,10 @@ class Report:
             before=before,
             after=after,
             passes=trace.steps,
-            parity=Parity(reference if source.reference else "the graph as given", tolerance, dict(parity)),
+            parity=Parity(
+                f"the graph after {left_by}" if left_by else reference if source.reference else "the graph as given",
+                tolerance, dict(parity), not left_by,
+            ),
             latency=Latency.of(latency) if latency else None,
             accuracy=accuracy,
             layers=tuple(layers),
@@ -414,6 +421,12 @@ class Report:
         from edgecompile import render_text as text
 
         lines = [Line("warn", "The build says:", w) for w in self.warnings]
+        if not self.parity.of_source:
+            lines += [
+                Line("warn", f"Not the same function: {s.spec} left an output at {text.decibels(worst)}.")
+                for s in self.passes
+                if not s.exact and s.rewrites and (worst := _least_snr(s)) is not None
+            ]
         lines += [self._parity_line(text), self._latency_line(text)]
         if self.accuracy is not None:
             lines.append(_accuracy_line(self.accuracy, text))
@@ -449,10 +462,11 @@ class Report:
         if not self.parity.ok:
             off = f"off by {text.error(worst.max_rel)} of its largest value"
             return Line("bad", f"Not the same model: an output is {off}, {against}:", name)
+        same = "The same model" if self.parity.of_source else "The engine computes what the passes left"
         if not worst.max_abs:
-            return Line("good", f"The same model: no output differs at all, {against}.")
+            return Line("good", f"{same}: no output differs at all, {against}.")
         off = f"off by more than {text.error(worst.max_rel)} of its largest value"
-        return Line("good", f"The same model: no output is {off}, {against}.")
+        return Line("good", f"{same}: no output is {off}, {against}.")
 
     def _latency_line(self, text) -> Line:
         if self.latency is None:
@@ -531,6 +545,13 @@ def status(step: Step) -> str:
     if step.failure:
         return "rolled back"
     return "kept" if step.rewrites else "nothing to do"
+
+
+def _least_snr(step: Step) -> float | None:
+    """Signal-to-noise ratio in dB of the output that a pass changed most; None if it was not compared or not kept."""
+    if not step.errors or step.failure:
+        return None
+    return min(e.snr_db for e in step.errors.values())
 
 
 def error_added(step: Step) -> float | None:

@@ -1140,3 +1140,18 @@ def test_three_files_are_written_and_agree(tmp_path: Path):
     assert (tmp_path / "report.md").read_text(encoding="utf-8") == render_text.markdown(made)
     with pytest.raises(InputError):
         made.write(tmp_path / "missing")
+
+
+def test_an_approximation_is_not_called_the_same_model():
+    made = full()
+    step = dataclasses.replace(
+        next(s for s in made.passes if s.rewrites), spec="prune{params=0.7}", exact=False,
+        errors={"y": OutputError(1.0, 0.5, 0.8, 3.2)}, failure="",
+    )  # fmt: skip
+    parity = dataclasses.replace(made.parity, reference="the graph after prune{params=0.7}", of_source=False)
+    lines = [line.text for line in full(parity=parity, passes=(step,)).verdict]
+    assert "Not the same function: prune{params=0.7} left an output at 3 dB." in lines
+    assert not any("same model" in line for line in lines)
+    assert any(line.startswith("The engine computes what the passes left") for line in lines)
+    # Judged against the source, an approximation within its tolerance is what int8 is.
+    assert not any("Not the same function" in line.text for line in full(passes=(step,)).verdict)
