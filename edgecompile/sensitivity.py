@@ -27,7 +27,7 @@ from edgecompile import __version__, calibration, measure, qdq
 from edgecompile.calibration import Range
 from edgecompile.graph import Graph, where
 from edgecompile.oracle import Feeds, Outputs
-from edgecompile.pipeline import ANY_DROP, Drop, Evaluate
+from edgecompile.pipeline import ANY_DROP, Context, Drop, Evaluate
 from edgecompile.placement import Layer, Placement, Rules
 
 # Instruction sets whose dot products accumulate in 32 bits, so that no pair of products saturates.
@@ -288,6 +288,28 @@ class Search:
     def measured(self) -> bool:
         """Whether any layer was measured by itself."""
         return any(row.only_float is not None for row in self.table)
+
+
+def tell(found: Search, graph: Graph, context: Context, summary: str, seconds: float) -> None:
+    """Make notes of what a search found.
+
+    Args:
+        found: the result.
+        graph: the graph in floating point.
+        context: takes the notes.
+        summary: what is kept, and how well it answers; the score is added.
+        seconds: the time that the search was given.
+    """
+    score = "" if found.score is None else f", score {found.score:.4g} of {found.base:.4g}"
+    context.note(f"{summary}{score}")
+    for row in found.table:
+        if row.reverted:
+            gain = "" if row.only_float is None else f": {row.only_float:.1f} dB without it"
+            context.note(f"left in floating point to keep the budget{gain}", graph.nodes[row.position])
+    if not found.finished:
+        context.note(f"not all layers were measured: {seconds:g} s were too little (option seconds)")
+    if not found.holds:
+        context.note("the budget does not hold: the time for reverting layers ran out")
 
 
 def search(

@@ -237,16 +237,8 @@ class Quantize(Pass):
             progress=lambda done: context.progress(f"measuring what each layer costs, {done:.0%}"),
             **self._options,
         )  # fmt: skip
-        score = "" if found.score is None else f", score {found.score:.4g} of {found.base:.4g}"
-        context.note(f"{len(found.bits)} of {len(bits)} layers are int8: {found.snr:.1f} dB on calibration data{score}")
-        for row in found.table:
-            if row.reverted:
-                gain = "" if row.only_float is None else f": {row.only_float:.1f} dB without it"
-                context.note(f"left in floating point to keep the budget{gain}", graph.nodes[row.position])
-        if not found.finished:
-            context.note(f"not all layers were measured: {self.seconds:g} s were too little (option seconds)")
-        if not found.holds:
-            context.note("the budget does not hold: the time for reverting layers ran out")
+        kept = f"{len(found.bits)} of {len(bits)} layers are int8"
+        sensitivity.tell(found, graph, context, f"{kept}: {found.snr:.1f} dB on calibration data", self.seconds)
         if not rules.simulated:
             trial = qdq.quantized(graph, rules, ranges, found.bits, biases, **self._options)
             reference = list(map(qdq.kernels(graph), feeds))

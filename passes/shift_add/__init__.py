@@ -339,16 +339,8 @@ class _Budget:
             self.trials(graph, made, facts), bits, seconds=self._options.seconds, thorough=self.limited, form=form,
             progress=lambda done: context.progress(f"measuring what each layer costs, {done:.0%}"),
         )  # fmt: skip
-        score = "" if found.score is None else f", score {found.score:.4g} of {found.base:.4g}"
-        context.note(f"{form} in {len(found.bits)} of {len(bits)} places: {found.snr:.1f} dB on the samples{score}")
-        for row in found.table:
-            if row.reverted:
-                gain = "" if row.only_float is None else f": {row.only_float:.1f} dB without it"
-                context.note(f"left in floating point to keep the budget{gain}", graph.nodes[row.position])
-        if not found.finished:
-            context.note(f"not all layers were measured: {self._options.seconds:g} s were too little (option seconds)")
-        if not found.holds:
-            context.note("the budget does not hold: the time for reverting layers ran out")
+        kept = f"{form} in {len(found.bits)} of {len(bits)} places"
+        sensitivity.tell(found, graph, context, f"{kept}: {found.snr:.1f} dB on the samples", self._options.seconds)
         return found
 
 
