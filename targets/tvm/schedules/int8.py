@@ -284,39 +284,20 @@ def convolution(
 def schedule(module: Any, how: Dot, *, parallel: bool) -> Any:
     """Schedule a kernel that has a block :data:`TILE`; see :func:`edgecompile.targets.tvm.schedules.tile.schedule`."""
     from tvm.s_tir import Schedule
-    from tvm.tirx.transform import StmtSimplify
 
     plan: Any = Schedule(module)
     names = [plan.get(block).name_hint for block in plan.get_child_blocks(plan.get_sblock("root"))]
-    position = names.index(TILE)
-    for name in names[:position]:
+    for name in names[: names.index(TILE)]:
         if name.startswith(PREPARE):
             _copy(plan, plan.get_sblock(name), parallel=parallel)
         else:
             plan.compute_inline(plan.get_sblock(name))
-    for name in names[position + 1 : -1]:
-        plan.compute_inline(plan.get_sblock(name))
-    block = plan.get_sblock(TILE)
-    extents = [int(extent) for extent in plan.get(block).writes[0].source.shape]
-    if len(extents) == 4:
-        tile._flatten(plan, plan.get_sblock(names[-1]))
-        plan = Schedule(StmtSimplify()(plan.mod))
-        block = plan.get_sblock(TILE)
-    *outer, column = plan.get_loops(plan.get_sblock(names[-1]))
-    lines = [outer[-2]] if len(extents) == 6 else []
-    head, row = outer[: -1 - len(lines)], outer[-1]
-    row_tile, row = plan.split(row, [None, extents[-2]])
-    column_tile, column = plan.split(column, [None, extents[-1]])
-    plan.reorder(*head, column_tile, *lines, row_tile, row, column)
-    plan.compute_at(block, row_tile, preserve_unit_loops=True)
-    plan.set_scope(block, 0, "local")
-    if parallel:
-        plan.parallel(plan.fuse(*head, column_tile, *lines, row_tile))
+    plan, block, axes, row, column = tile.arrange(plan, names, TILE, parallel=parallel)
     wide, lane = plan.split(column, [None, how.lanes])
     plan.vectorize(lane)
     plan.unroll(wide)
     plan.unroll(row)
-    _in_registers(plan, block, len(extents), how)
+    _in_registers(plan, block, axes, how)
     return plan.mod
 
 

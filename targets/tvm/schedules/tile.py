@@ -112,20 +112,44 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
         the scheduled module.
     """
     from tvm.s_tir import Schedule
-    from tvm.tirx.transform import StmtSimplify
 
     plan: Any = Schedule(module)
     names = [plan.get(block).name_hint for block in plan.get_child_blocks(plan.get_sblock("root"))]
-    position = names.index(TILE)
-    prepare(plan, names[:position], have, parallel=parallel)
-    for name in names[position + 1 : -1]:
+    prepare(plan, names[: names.index(TILE)], have, parallel=parallel)
+    plan, tile, axes, row, column = arrange(plan, names, TILE, parallel=parallel)
+    first = in_registers(plan, tile, axes, have)
+    wide, lane = plan.split(column, [None, have.lanes])
+    plan.vectorize(lane)
+    plan.unroll(wide)
+    plan.unroll(row)
+    plan.decompose_reduction(tile, first)  # last: what has lost its initialisation can no longer be vectorised
+    return plan.mod
+
+
+def arrange(plan: Any, names: Sequence[str], made: str, *, parallel: bool) -> tuple[Any, Any, int, Any, Any]:
+    """Compute each tile where the last block reads it, and share the tiles among threads.
+
+    Args:
+        plan: what precedes the tile is scheduled.
+        names: of all blocks, in order.
+        made: the one that computes a tile.
+        parallel: as for :func:`schedule`.
+
+    Returns:
+        the schedule, the block of the tile, the number of its axes, and the loops over rows and columns in which the
+        last block reads a tile.
+    """
+    from tvm.s_tir import Schedule
+    from tvm.tirx.transform import StmtSimplify
+
+    for name in names[names.index(made) + 1 : -1]:
         plan.compute_inline(plan.get_sblock(name))
-    tile = plan.get_sblock(TILE)
+    tile = plan.get_sblock(made)
     extents = [int(extent) for extent in plan.get(tile).writes[0].source.shape]
     if len(extents) == 4:  # one axis of rows in simplified indices, else what a tile reads is overestimated
         _flatten(plan, plan.get_sblock(names[-1]))
         plan = Schedule(StmtSimplify()(plan.mod))
-        tile = plan.get_sblock(TILE)
+        tile = plan.get_sblock(made)
     *outer, column = plan.get_loops(plan.get_sblock(names[-1]))
     lines = [outer[-2]] if len(extents) == 6 else []
     head, row = outer[: -1 - len(lines)], outer[-1]
@@ -136,13 +160,7 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     plan.set_scope(tile, 0, "local")
     if parallel:
         plan.parallel(plan.fuse(*head, column_tile, *lines, row_tile))
-    first = in_registers(plan, tile, len(extents), have)
-    wide, lane = plan.split(column, [None, have.lanes])
-    plan.vectorize(lane)
-    plan.unroll(wide)
-    plan.unroll(row)
-    plan.decompose_reduction(tile, first)  # last: what has lost its initialisation can no longer be vectorised
-    return plan.mod
+    return plan, tile, len(extents), row, column
 
 
 def prepare(plan: Any, names: Sequence[str], have: Vectors, *, parallel: bool) -> None:
