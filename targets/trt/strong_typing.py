@@ -142,7 +142,8 @@ def _operator(view: View, node: gs.Node) -> Iterator[Reason]:
             )
     elif node.op == "Add" and _requantized(view, node.outputs[0]) and given(node, 1):
         fusible = any(_quantized_product(view, t) for t in node.inputs[:2])
-        if fusible and not any(map(_dequantized, node.inputs[:2])):
+        bias = any(view.constant(node, i) is not None for i in (0, 1))
+        if fusible and not bias and not any(map(_dequantized, node.inputs[:2])):
             yield Reason(
                 "the sum cannot join the convolution before it: its other input is not quantized",
                 "put a QuantizeLinear and a DequantizeLinear on the shortcut",

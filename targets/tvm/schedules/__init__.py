@@ -7,6 +7,7 @@ schedule of that form is applied. What no family takes keeps TVM's own lowering.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 from edgecompile.targets.tvm import constants, options

@@ -21,7 +21,8 @@ _BAND = 16  # lines of results that one copy serves
 def choose(width: int, have: Vectors) -> Shape:
     """The tile for lines of ``width`` results: a quarter of the registers at most, and the fewest beyond the edge."""
     most = have.count // 4
-    return Shape(min(range(1, most + 1), key=lambda rows: (padded(width, rows) * (1 + 1 / rows), -rows)), have.lanes)
+    rows = tile.ranked(range(1, most + 1), lambda rows: (padded(width, rows) * (1 + 1 / rows), -rows), have)
+    return Shape(rows, have.lanes)
 
 
 def convolution(

@@ -14,28 +14,47 @@ last of them write the output straight from the registers.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 TILE, PREPARE = "register_tile", "prepare_operand"
 _FUSES_WHAT_FOLLOWS, _OPAQUE = 4, 8  # of tvm::relax::OpPatternKind
 _LATENCY = 8  # multiply-adds that must be under way to hide their latency: 4 cycles, two per cycle
 _STORE = 4  # steps that writing one vector of results costs
-_UNROLLED = 4  # steps of the reduction in one iteration of its innermost loop
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the form of a kernel and its schedule leave open; the defaults are what is taken without measuring.
+
+    Attributes:
+        rank: which of the tiles that are possible, in the order of what they cost by :func:`steps`.
+        size: results of a Winograd tile in each direction, 0: compute directly, None: by cost.
+        steps: of the reduction in one iteration of its innermost loop, about: the number divides the loop.
+        rows_outside: go through all columns before the next rows, where the order is free.
+    """
+
+    rank: int = 0
+    size: int | None = None
+    steps: int = 4
+    rows_outside: bool = False
 
 
 @dataclass(frozen=True)
 class Vectors:
-    """The vector registers of a CPU.
+    """The vector registers of a CPU, and what to do with them.
 
     Attributes:
         lanes: float32 values in one.
         count: how many there are.
+        choice: for the kernel at hand.
     """
 
     lanes: int
     count: int
+    choice: Choice = Choice()
 
 
 @dataclass(frozen=True)
@@ -83,7 +102,12 @@ def choose(rows: int, columns: int, depth: int, have: Vectors) -> Shape:
     """
 
     fitting = [shape for shape in shapes(have) if shape.rows <= rows]
-    return min(fitting, key=lambda shape: steps(shape, rows, columns, depth, have))
+    return ranked(fitting, lambda shape: steps(shape, rows, columns, depth, have), have)
+
+
+def ranked(fitting: Sequence[_T], cost: Callable[[_T], Any], have: Vectors) -> _T:
+    """The cheapest, or the one whose rank is chosen; the dearest where there are not so many."""
+    return sorted(fitting, key=cost)[min(have.choice.rank, len(fitting) - 1)]
 
 
 def attributes(rows: int, columns: int) -> dict[str, int]:
@@ -116,7 +140,8 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     plan: Any = Schedule(module)
     names = [plan.get(block).name_hint for block in plan.get_child_blocks(plan.get_sblock("root"))]
     prepare(plan, names[: names.index(TILE)], have, parallel=parallel)
-    plan, tile, axes, row, column = arrange(plan, names, TILE, parallel=parallel)
+    outside = have.choice.rows_outside
+    plan, tile, axes, row, column = arrange(plan, names, TILE, parallel=parallel, rows_outside=outside)
     first = in_registers(plan, tile, axes, have)
     wide, lane = plan.split(column, [None, have.lanes])
     plan.vectorize(lane)
@@ -126,7 +151,9 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     return plan.mod
 
 
-def arrange(plan: Any, names: Sequence[str], made: str, *, parallel: bool) -> tuple[Any, Any, int, Any, Any]:
+def arrange(
+    plan: Any, names: Sequence[str], made: str, *, parallel: bool, rows_outside: bool = False
+) -> tuple[Any, Any, int, Any, Any]:
     """Compute each tile where the last block reads it, and share the tiles among threads.
 
     Args:
@@ -134,6 +161,7 @@ def arrange(plan: Any, names: Sequence[str], made: str, *, parallel: bool) -> tu
         names: of all blocks, in order.
         made: the one that computes a tile.
         parallel: as for :func:`schedule`.
+        rows_outside: as in :class:`Choice`.
 
     Returns:
         the schedule, the block of the tile, the number of its axes, and the loops over rows and columns in which the
@@ -155,11 +183,12 @@ def arrange(plan: Any, names: Sequence[str], made: str, *, parallel: bool) -> tu
     head, row = outer[: -1 - len(lines)], outer[-1]
     row_tile, row = plan.split(row, [None, extents[-2]])
     column_tile, column = plan.split(column, [None, extents[-1]])
-    plan.reorder(*head, column_tile, *lines, row_tile, row, column)
-    plan.compute_at(tile, row_tile, preserve_unit_loops=True)
+    tiles = [*lines, row_tile, column_tile] if rows_outside else [column_tile, *lines, row_tile]
+    plan.reorder(*head, *tiles, row, column)
+    plan.compute_at(tile, tiles[-1], preserve_unit_loops=True)
     plan.set_scope(tile, 0, "local")
     if parallel:
-        plan.parallel(plan.fuse(*head, column_tile, *lines, row_tile))
+        plan.parallel(plan.fuse(*head, *tiles))
     return plan, tile, len(extents), row, column
 
 
@@ -195,7 +224,7 @@ def in_registers(plan: Any, tile: Any, spatial: int, have: Vectors) -> Any:
     own = own[len(own) - spatial - reductions :]
     row, column, sums = own[spatial - 2], own[spatial - 1], own[spatial:]
     extent = int(plan.get(sums[-1]).extent)
-    step = max(d for d in range(1, 2 * _UNROLLED) if extent % d == 0)
+    step = max(d for d in range(1, 2 * have.choice.steps) if extent % d == 0)
     last, inner = plan.split(sums[-1], [None, step])
     wide, lane = plan.split(column, [None, have.lanes])
     plan.reorder(*sums[:-1], last, inner, row, wide, lane)

@@ -136,7 +136,7 @@ def choose(width: int, out: int, depth: int, stride: int, have: Vectors) -> Shap
         for shape in tile.shapes(have)
         if shape.rows % stride == 0 and (shape.rows + stride) * shape.columns // have.lanes < have.count
     ]
-    return min(fitting, key=lambda shape: tile.steps(shape, width, out, depth, have))
+    return tile.ranked(fitting, lambda shape: tile.steps(shape, width, out, depth, have), have)
 
 
 def legalize(bb: Any, call: Any, have: Vectors) -> Any:

@@ -145,9 +145,11 @@ def choose(
 ) -> Plan | None:
     """The cheapest plan for ``height x width`` results of ``out`` channels, or None where none pays.
 
+    Plans have a rank by their block: each block has the register tile that costs it least.
+
     Args:
         batch, height, width, inner, out: of the result, and channels of the input.
-        have: the vector registers.
+        have: the vector registers; where a size is chosen, a plan of that size is taken whether it pays or not.
         sizes: of tiles that may be taken.
     """
     direct = tile.steps(tile.choose(width, out, 9 * inner, have), width, out, 9 * inner, have) * batch * height
@@ -159,10 +161,11 @@ def choose(
         for shape in tile.shapes(have)
         if high * broad % shape.rows == 0 and shape.columns < out + have.lanes
     ]
-    best = min(plans, key=lambda plan: _cost(plan, batch, height, width, inner, out, have), default=None)
-    if best is None or _cost(best, batch, height, width, inner, out, have) > _GAIN * direct:
+    cost = {plan: _cost(plan, batch, height, width, inner, out, have) for plan in plans}
+    cheapest = {(plan.m, plan.block): plan for plan in sorted(plans, key=cost.__getitem__, reverse=True)}
+    if not plans or (have.choice.size is None and min(cost.values()) > _GAIN * direct):
         return None
-    return best
+    return tile.ranked(list(cheapest.values()), cost.__getitem__, have)
 
 
 def _divisions(extent: int) -> list[int]:
@@ -324,8 +327,9 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     *_, p, column = plan.get_loops(of[PLACE])
     po, pi = plan.split(p, [None, rows])
     jo, ji = plan.split(column, [None, columns])
-    plan.reorder(jo, po, pi, ji)
-    plan.compute_at(of[TILE], po, preserve_unit_loops=True)
+    outer = (po, jo) if have.choice.rows_outside else (jo, po)
+    plan.reorder(*outer, pi, ji)
+    plan.compute_at(of[TILE], outer[-1], preserve_unit_loops=True)
     plan.set_scope(of[TILE], 0, "local")
     first = tile.in_registers(plan, of[TILE], 9, have)
     vector, lane = plan.split(ji, [None, have.lanes])
@@ -375,7 +379,7 @@ def legalize(bb: Any, call: Any, have: Vectors) -> Any:
     if values is None or values.shape[1:3] != (_TAPS, _TAPS) or int(attrs.groups) > 1 or {*strides, *dilation} != {1}:
         return None
     x, (batch, out_h, out_w, out) = call.args[0], (int(d) for d in call.ty.shape)
-    sizes = tuple(_POINTS)
+    sizes = tuple(_POINTS) if have.choice.size is None else tuple(m for m in _POINTS if m == have.choice.size)
     while (plan := choose(batch, out_h, out_w, values.shape[3], out, have, sizes)) is not None:
         if error(values, plan.m) <= _BUDGET:
             break

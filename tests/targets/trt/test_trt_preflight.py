@@ -328,6 +328,13 @@ def test_a_sum_of_two_convolutions_needs_a_pair_on_one_of_them():
     ]
 
 
+def test_a_bias_is_no_shortcut():
+    graph = quantized()
+    graph.nodes[4].inputs[1] = graph.new_constant("bias", np.ones((4, 1, 1), np.float32))
+    graph.tidy()
+    assert typed(graph) == []
+
+
 def test_float_islands_are_told_but_not_fatal():
     (problem,) = strong_typing.check(quantized(shortcut=False), "10.3.0")
     assert "the sum cannot join" in problem.why and problem.place == "stage.add (Add)" and not problem.fatal
