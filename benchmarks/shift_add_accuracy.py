@@ -42,6 +42,7 @@ CODES = (
 ATTENTION = (
     ("attention=angular,threshold=image,window=9,linear=false", 1),
     ("attention=angular,threshold=image,window=9,linear=false", 3),
+    ("attention=angular,threshold=image,window=9,linear=false", 12),
     ("attention=angular,threshold=image,linear=false", 1),
     ("attention=angular,window=9,code=binary,bits=4", 1),
     ("attention=hamming,linear=false", 1),
@@ -145,7 +146,7 @@ def measured(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any
     """The rows of a network."""
     subject = Subject(name, arguments.images)
     base = subject.top1(subject.graph)
-    yield {"network": name, "spec": "float32", "top1": base, "images": len(subject.labels)}
+    yield {"network": name, "spec": "float32", "top1": base, "images": len(subject.labels), "epochs": 0.0}
     attends = any(n.op == "Softmax" for n in subject.graph.nodes)
     # What the goals ask for comes first.
     for spec, epochs in [
@@ -154,10 +155,12 @@ def measured(name: str, arguments: argparse.Namespace) -> Iterator[dict[str, Any
         *CODES[1:],
         *(ATTENTION[1:] if attends else ()),
     ]:
+        if arguments.spec not in f"{spec} {epochs}":
+            continue
         graph, notes = subject.rewritten(spec)
         coded, plain = stored(graph)
         row: dict[str, Any] = {"network": name, "spec": spec, "top1": subject.top1(graph), "notes": notes}
-        row |= {"drop": base - row["top1"], "bytes": coded / plain if plain else None}
+        row |= {"drop": base - row["top1"], "bytes": coded / plain if plain else None, "epochs": 0.0}
         if epochs := epochs * arguments.epochs:
             start = time.process_time()
             # Codes start next to what was trained, attention far from it.
@@ -179,8 +182,9 @@ def line(row: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("networks", nargs="*", default=list(NETWORKS), metavar="NETWORK")
-    parser.add_argument("--output", type=Path, help="the JSON file of results; rows of other networks are kept")
+    parser.add_argument("--output", type=Path, help="JSON file of results; rows that are not measured again are kept")
     parser.add_argument("--images", type=int, help="test images; all by default")
+    parser.add_argument("--spec", default="", help="only passes whose options, a space and epochs contain this text")
     parser.add_argument("--epochs", type=float, default=1.0, help="factor of those of the fine-tunes")
     parser.add_argument("--rate", type=float, default=5e-4, help="largest learning rate; a fifth without attention")
     arguments = parser.parse_args()
@@ -191,9 +195,9 @@ def main() -> None:
     for name in arguments.networks:
         rows: list[dict[str, Any]] = []
         if arguments.output and arguments.output.exists():
-            rows = [r for r in json.loads(arguments.output.read_text())["rows"] if r["network"] != name]
+            rows = json.loads(arguments.output.read_text())["rows"]
         for row in measured(name, arguments):
-            rows.append(row)
+            rows = [r for r in rows if any(r.get(k) != row[k] for k in ("network", "spec", "epochs"))] + [row]
             print(line(row), flush=True)
             if arguments.output:
                 facts = {"date": time.strftime("%Y-%m-%d"), "machine": common.machine()}
