@@ -265,20 +265,26 @@ class ShiftAdd(Pass):
         if self.bits:
             return {one.position: one.exact.bits if one.exact else self.bits for one in subjects}
         plain = sum(one.weight.nbytes for one in subjects)
-        if not budget.limited:
-            chosen = choices.allocated(subjects, self.size * plain)
-            if (used := choices.stored(subjects, chosen)) > self.size * plain:
-                context.note(f"size={self.size:g} cannot be kept: the fewest bits take {used / plain:.3f}")
-            return chosen
-        # The fewest bytes that hold the budget: more bytes leave less error, so halve the interval again and again.
-        low, high = 0.0, float(plain)
-        best = choices.allocated(subjects, high)
-        low, high = float(choices.stored(subjects, choices.allocated(subjects, low))), choices.stored(subjects, best)
         trials = budget.trials(graph, made, facts)
         with trials.memo:
+            shares = dict.fromkeys((one.position for one in subjects), 1.0)
+            if budget.feeds:
+                shares = choices.shares(
+                    subjects, trials, self.seconds,
+                    lambda done: context.progress(f"measuring what each layer costs, {done:.0%}"),
+                )  # fmt: skip
+            if not budget.limited:
+                chosen = choices.allocated(subjects, self.size * plain, shares)
+                if (used := choices.stored(subjects, chosen)) > self.size * plain:
+                    context.note(f"size={self.size:g} cannot be kept: the fewest bits take {used / plain:.3f}")
+                return chosen
+            # The fewest bytes that hold the budget: more bytes leave less error, so halve the interval.
+            best = choices.allocated(subjects, float(plain), shares)
+            low = float(choices.stored(subjects, choices.allocated(subjects, 0.0, shares)))
+            high = choices.stored(subjects, best)
             for number in range(_HALVINGS):
                 middle = low if not number else (low + high) / 2
-                chosen = choices.allocated(subjects, middle)
+                chosen = choices.allocated(subjects, middle, shares)
                 context.progress(f"choosing bits, {middle / plain:.3f} of the bytes")
                 if trials.judged(chosen)[2]:
                     best, high = chosen, choices.stored(subjects, chosen)

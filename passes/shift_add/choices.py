@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from edgecompile import tradeoff
+from edgecompile import sensitivity, tradeoff
 from edgecompile.graph import Graph
 from edgecompile.passes.shift_add import codes, layers
 from edgecompile.tradeoff import Point, Tradeoff
@@ -116,9 +116,35 @@ def coded_graph(graph: Graph, found: Sequence[Subject], chosen: Mapping[int, int
     return made
 
 
-def allocated(found: Sequence[Subject], budget: float) -> dict[int, int]:
-    """Bits by position that leave the least sum of relative errors in at most ``budget`` bytes."""
-    rows = [{bits: (one.coded(bits).bytes, one.error(bits)) for bits in one.widths} for one in found]
+def shares(
+    found: Sequence[Subject], trials: sensitivity.Trials, seconds: float, progress: Callable[[float], object]
+) -> dict[int, float]:
+    """What the relative error of each subject adds to the error of the model's outputs, by position.
+
+    Measured with one subject coded at a time, in the middle of its widths; what the time does not suffice for counts
+    like the mean of the others.
+
+    Args:
+        found: the subjects.
+        trials: what runs the graph with some of them coded.
+        seconds: time for all of them.
+        progress: told the share that is done.
+    """
+    deadline, known = time.monotonic() + seconds, {}
+    for number, one in enumerate(found):
+        bits = one.widths[len(one.widths) // 2]
+        if (error := one.error(bits)) and time.monotonic() <= deadline:
+            known[one.position] = 10 ** (-trials.level({one.position: bits}) / 10) / error
+            progress((number + 1) / len(found))
+    mean = float(np.mean(list(known.values()))) if known else 1.0
+    return {one.position: known.get(one.position, mean) for one in found}
+
+
+def allocated(found: Sequence[Subject], budget: float, shares: Mapping[int, float]) -> dict[int, int]:
+    """Bits by position that leave the least error of the outputs in at most ``budget`` bytes; see :func:`shares`."""
+    rows = [
+        {bits: (one.coded(bits).bytes, shares[one.position] * one.error(bits)) for bits in one.widths} for one in found
+    ]
     chosen = codes.allocate(rows, budget)
     return {one.position: bits for one, bits in zip(found, chosen, strict=True)}
 
