@@ -151,6 +151,8 @@ class Context:
     progress: Callable[[str], object] = lambda text: None
     cache: Path | None = None
     measure: Measure | None = None
+    _scored: Graph | None = None
+    _base: dict[bool, float] = field(default_factory=dict)
     _pass: str = ""
     _rewrites: list[Rewrite] = field(default_factory=list)
     _notes: dict[Note, None] = field(default_factory=dict)
@@ -167,6 +169,20 @@ class Context:
     def note(self, text: str, node: gs.Node | str = "") -> None:
         """Say something about a place, once."""
         self._notes[Note(node if isinstance(node, str) else where(node), text)] = None
+
+    def base(self, graph: Graph, simulate: bool = False) -> float | None:
+        """Score of the model before the first pass that keeps one, which all of them share; None if nothing scores.
+
+        Args:
+            graph: the graph as it is before the pass that asks.
+            simulate: as ``evaluate`` takes it.
+        """
+        if self.evaluate is None:
+            return None
+        first = self._scored = graph.copy() if self._scored is None else self._scored
+        if simulate not in self._base:
+            self._base[simulate] = self.evaluate(first, simulate)
+        return self._base[simulate]
 
     def result(
         self, sensitivity: Search | None = None, tradeoff: Tradeoff | None = None, pruning: Pruning | None = None

@@ -324,6 +324,7 @@ def search(
     min_snr: float = -math.inf,
     max_drop: Drop = ANY_DROP,
     evaluate: Evaluate | None = None,
+    base: float | None = None,
     seconds: float = 120.0,
     thorough: bool = False,
     progress: Callable[[float], object] = lambda done: None,
@@ -339,7 +340,7 @@ def search(
         feeds: model inputs to judge on.
         biases: new biases of layers, by position.
         simulate: run a simulation, since the target's kernels are not here.
-        min_snr, max_drop, evaluate: the budget, see :class:`Trials`.
+        min_snr, max_drop, evaluate, base: the budget, see :class:`Trials`.
         seconds, thorough, progress: see :func:`revert`.
         cache: folder that keeps what was measured.
         options: of :func:`edgecompile.placement.place`.
@@ -353,7 +354,7 @@ def search(
         known = facts(graph, feeds, what="layers", **_quantisation(rules, ranges), **more)
     trials = Trials(
         graph, lambda chosen: qdq.quantized(graph, rules, ranges, chosen, biases, **options), feeds, Memo(cache, known),
-        simulate=simulate, min_snr=min_snr, max_drop=max_drop, evaluate=evaluate,
+        simulate=simulate, min_snr=min_snr, max_drop=max_drop, evaluate=evaluate, base=base,
     )  # fmt: skip
     return revert(trials, bits, seconds=seconds, thorough=thorough, progress=progress)
 
@@ -418,6 +419,7 @@ class Trials:
         min_snr: of the worst output, in dB.
         max_drop: of the score of ``evaluate``.
         evaluate: score of a graph, higher is better.
+        base: score that it falls from; that of ``reference`` by default.
         reference: the graph that is to be kept to; by default ``graph``.
     """
 
@@ -432,16 +434,19 @@ class Trials:
         min_snr: float = -math.inf,
         max_drop: Drop = ANY_DROP,
         evaluate: Evaluate | None = None,
+        base: float | None = None,
         reference: Graph | None = None,
     ):
         self.graph, self.memo, self._original = graph, memo, reference or graph
         self._make, self._feeds, self._simulate, self._evaluate = make, feeds, simulate, evaluate
-        self._min_snr, self._max_drop = min_snr, max_drop
+        self._min_snr, self._max_drop, self._base = min_snr, max_drop, base
         self._reference: list[Outputs] = []
 
     @cached_property
     def base(self) -> float | None:
-        """Score of the graph in floating point, None if nothing scores."""
+        """Score in floating point, None if nothing scores."""
+        if self._base is not None:
+            return self._base
         return self._evaluate(self._original, self._simulate) if self._evaluate else None
 
     def judged(self, chosen: Mapping[int, int]) -> tuple[float, float | None, bool]:

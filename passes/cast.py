@@ -141,9 +141,9 @@ class Cast(Pass):
         chosen, reverted = search.run(narrow - alone)
         reasons |= dict.fromkeys(alone, "its Casts would cost more than it saves")
         reasons |= reverted
-        if self.max_drop.limited and context.evaluate is not None:
+        if self.max_drop.limited and context.evaluate is not None and (base := context.base(graph, True)) is not None:
             context.progress(f"judging {kind.name}")
-            chosen, lossy = _keep_score(search, chosen, self.max_drop, context.evaluate)
+            chosen, lossy = _keep_score(search, chosen, self.max_drop, context.evaluate, base)
             reasons |= lossy
         for index in sorted(reasons.keys() & model.candidates):
             context.note(f"kept in float32: {reasons[index]}", graph.nodes[index])
@@ -162,11 +162,10 @@ class Cast(Pass):
 
 
 def _keep_score(
-    search: _Search, narrow: set[int], max_drop: Drop, evaluate: Evaluate
+    search: _Search, narrow: set[int], max_drop: Drop, evaluate: Evaluate, base: float
 ) -> tuple[set[int], dict[int, str]]:
     """The nodes that may stay narrow by the score, and why the others may not."""
     model, reasons = search.model, dict[int, str]()
-    base = evaluate(model.graph, True)
     while narrow and not max_drop.holds(evaluate(emulated(model.narrowed(narrow)), True), base):
         left, found = narrow, dict[int, str]()
         while left == narrow:  # until the error allowed is less than there is

@@ -229,11 +229,13 @@ class Quantize(Pass):
     ) -> sensitivity.Search:
         """What was measured of the layers, and which may stay int8; it becomes notes, too."""
         context.progress("judging int8")
+        scored = self.max_drop.limited
         found = sensitivity.search(
             graph, rules, ranges, bits, feeds,
             biases=biases, simulate=rules.simulated, min_snr=self.min_snr, max_drop=self.max_drop,
-            evaluate=context.evaluate if self.max_drop.limited else None, seconds=self.seconds,
-            thorough=self.min_snr > 0 or self.max_drop.limited, cache=context.cache,
+            evaluate=context.evaluate if scored else None,
+            base=context.base(graph, rules.simulated) if scored else None,
+            seconds=self.seconds, thorough=self.min_snr > 0 or scored, cache=context.cache,
             progress=lambda done: context.progress(f"measuring what each layer costs, {done:.0%}"),
             **self._options,
         )  # fmt: skip

@@ -335,6 +335,15 @@ def test_no_drop_is_any_drop_and_nonsense_is_none():
             Drop(wrong)
 
 
+def test_the_score_that_a_drop_is_counted_from_is_that_of_the_first_who_asks():
+    first, second, asked = network(), network(), []
+    second.nodes[0].attrs["mark"] = 1
+    context = Context(evaluate=lambda graph, simulate: asked.append((graph.digest(), simulate)) or len(asked))
+    assert [context.base(first), context.base(second), context.base(second, True), context.base(second)] == [1, 1, 2, 1]
+    assert asked == [(first.digest(), False), (first.digest(), True)]
+    assert Context().base(network()) is None
+
+
 def test_a_drop_goes_through_a_spec():
     for spec in ("quantize{max_drop=0.5%}", "cast{max_drop=0.005}"):
         assert str(Pipeline.parse(spec)) == spec

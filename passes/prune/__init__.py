@@ -199,12 +199,11 @@ class Prune(Pass):
         """The widths for the target, or for the nearest share that keeps the score; None if there is none."""
         if not self.max_drop.limited:
             return choose(self._target)
-        if context.evaluate is None:
+        if context.evaluate is None or (base := context.base(graph)) is None:
             raise InputError(
                 f"max_drop={self.max_drop} needs a score", "there is none to ask",
                 "run it with `edgecompile build model.py`, where model.py defines evaluate(run)",
             )  # fmt: skip
-        base = context.evaluate(graph, False)
         for back in _BACK:
             share = self._target + back * (1 - self._target)
             chosen = choose(share)

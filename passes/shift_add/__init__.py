@@ -332,6 +332,7 @@ class _Budget:
         return Trials(
             graph, made, self.feeds, memo, min_snr=options.min_snr or -math.inf, max_drop=options.max_drop,
             evaluate=context.evaluate if options.max_drop.limited else None,
+            base=context.base(self._original) if options.max_drop.limited else None,
             reference=self._original if self.limited else graph,
         )  # fmt: skip
 

@@ -267,6 +267,35 @@ def test_a_score_is_kept_within_its_drop():
         run(net(), max_drop=Drop("1%"))
 
 
+def test_what_an_earlier_pass_lost_of_the_score_is_not_there_to_lose_again():
+    reference = net()
+    feeds = list(data(reference).feeds())
+    outputs = list(map(qdq.kernels(reference), feeds))
+
+    def score(graph: Graph, _: bool) -> float:
+        run = qdq.kernels(graph)
+        return -float(np.mean([np.abs(run(f)["y"] - o["y"]).mean() for f, o in zip(feeds, outputs, strict=True)]))
+
+    def quantized(graph: Graph, *seen: Graph) -> list[str]:
+        context = Context(calibration=data(graph), evaluate=score)
+        for one in seen:
+            context.base(one)
+        context.begin("quantize")
+        Quantize(max_drop=Drop(f"{-score(coarse, False)}")).run(graph, context)
+        return layers(graph)
+
+    coarse = net()
+    run(coarse)
+    worse = net()  # by about as much as int8 costs
+    weight = worse.nodes[0].inputs[1]
+    values = worse.constant(weight)
+    assert values is not None
+    worse.nodes[0].inputs[1] = worse.new_constant("w", (values * np.float32(1.02)).astype(np.float32))
+    assert score(worse, False) < score(coarse, False) < 0
+    assert "Conv*" in quantized(worse.copy()), "counted from where it stands, the budget allows int8"
+    assert not any(x.endswith("*") for x in quantized(worse, reference)), "counted from before, nothing is left"
+
+
 def test_non_finite_outputs_are_rejected_and_noise_is_not():
     lost = oracle.compare(np.ones(3), np.array([1, np.inf, 1]))
     noisy = oracle.compare(np.ones(3), np.array([1, 2.0, 1]))
