@@ -133,7 +133,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--plain", action="store_true", help="also TVM's default lowering")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON file of results; rows that are not measured again are kept")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -146,11 +146,12 @@ def main() -> None:
     )
     print(f"| {columns.replace(', ', ' | ')} |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    rows = []
+    rows = json.loads(options.output.read_text())["rows"] if options.output and options.output.is_file() else []
     for name, threads in itertools.product(options.names or REPRESENTATIVES, options.threads):
         command = [sys.executable, __file__, "--one", name, "--seconds", str(options.seconds)]
         command += ["--threads", str(threads), *(["--plain"] if options.plain else [])]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        rows = [row for row in rows if (row["model"], row["threads"]) != (name, threads)]
         if done.returncode:
             rows.append({"model": name, "threads": threads, "failed": done.returncode})
             print(f"| {name} | {threads} | failed |", flush=True)
