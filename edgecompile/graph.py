@@ -12,6 +12,7 @@ the ``metadata_props`` written by ``torch.onnx`` (``pkg.torch.onnx.name_scopes``
 from __future__ import annotations
 
 import ast
+import fnmatch
 import hashlib
 import heapq
 import itertools
@@ -110,6 +111,23 @@ def where(node: gs.Node) -> str:
     """How to name a node to a person: its module path and op, else its name, else its first output."""
     module = provenance(node).module
     return f"{module} ({node.op})" if module else f"{node.name or node.outputs[0].name} ({node.op})"
+
+
+def globs(text: str) -> tuple[str, ...]:
+    """The patterns of an option that names nodes, separated by commas."""
+    return tuple(part for part in map(str.strip, text.split(",")) if part)
+
+
+def matches(node: gs.Node, patterns: Iterable[str]) -> bool:
+    """True if the name, the op or a module path of a node, or a parent of that path, matches a glob."""
+    return any_matches((node.name, node.op), provenance(node).modules, patterns)
+
+
+def any_matches(names: Iterable[str], modules: Iterable[str], patterns: Iterable[str]) -> bool:
+    """True if a name, a module path or a parent of that path matches a glob."""
+    paths = [".".join(parts[:i]) for m in modules for parts in (m.split("."),) for i in range(1, len(parts) + 1)]
+    known = [name for name in (*names, *paths) if name]
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in known)
 
 
 @dataclass(frozen=True)

@@ -15,15 +15,14 @@ Jacob et al., "Quantization and Training of Neural Networks for Efficient Intege
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from edgecompile.graph import Graph, Tensor, provenance
+from edgecompile.graph import Graph, Tensor, matches
 from edgecompile.linear import op as op_of
 
 Role = Literal["layer", "follow", "move"]
@@ -310,17 +309,6 @@ class Placement:
         for point in self.points.values():
             found.setdefault(point.group, []).append(point)
         return found
-
-
-def matches(node: gs.Node, patterns: Iterable[str]) -> bool:
-    """True if the name, the op or a module path of a node, or a parent of that, matches a glob."""
-    paths = [p for m in provenance(node).modules for p in _parents(m)]
-    return any(fnmatch.fnmatchcase(n, p) for p in patterns for n in (node.name, node.op, *paths) if n)
-
-
-def _parents(module: str) -> Iterator[str]:
-    parts = module.split(".")
-    return (".".join(parts[:i]) for i in range(1, len(parts) + 1))
 
 
 def is_attention(graph: Graph) -> bool:

@@ -49,7 +49,7 @@ from onnx import TensorProto
 
 from edgecompile import oracle
 from edgecompile.errors import InputError
-from edgecompile.graph import Graph, Tensor, redirect
+from edgecompile.graph import Graph, Tensor, globs, matches, redirect
 from edgecompile.pipeline import ANY_DROP, Context, Drop, Evaluate, Pass, PassResult
 from edgecompile.propagate import PRECISION, standard
 
@@ -95,7 +95,7 @@ class Cast(Pass):
     Attributes:
         dtype: ``float16`` or ``bfloat16``.
         min_snr: least signal-to-noise ratio of each output in dB, against the graph before the pass.
-        keep: operator types and node names that stay in float32, separated by commas.
+        keep: globs of node names, operators or module paths that stay in float32, separated by commas.
         max_drop: most that the score of ``evaluate`` may fall: ``0.5%`` of it, or ``0.005`` in its unit.
     """
 
@@ -535,11 +535,13 @@ def _measure(model: _Model, feeds: Sequence[Mapping[str, np.ndarray]]) -> dict[s
 
 def _keep(model: _Model, options: Cast, context: Context) -> dict[int, str]:
     """The nodes that the user keeps."""
-    names = {n.strip() for n in options.keep.split(",")} - {""}
-    found = {i: n for i, n in enumerate(model.graph.nodes) if {n.op, n.name} & names}
-    for name in sorted(names - {x for n in found.values() for x in (n.op, n.name)}):
-        context.note(f"keep={name}: no operator type or node of the graph is called so")
-    return dict.fromkeys(found, "asked for")
+    found = set()
+    for pattern in globs(options.keep):
+        named = {i for i, node in enumerate(model.graph.nodes) if matches(node, (pattern,))}
+        if not named:
+            context.note(f"keep={pattern}: no operator, node or module of the graph is called so")
+        found |= named
+    return dict.fromkeys(sorted(found), "asked for")
 
 
 def _evidence(model: _Model, facts: Mapping[str, _Fact], min_snr: float, context: Context) -> dict[int, str]:

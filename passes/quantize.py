@@ -35,7 +35,7 @@ import numpy as np
 
 from edgecompile import calibration, equalize, linear, measure, qdq, sensitivity
 from edgecompile.errors import InputError
-from edgecompile.graph import Graph
+from edgecompile.graph import Graph, globs
 from edgecompile.oracle import Feeds, OutputError
 from edgecompile.pipeline import ANY_DROP, Context, Drop, Pass, PassResult
 from edgecompile.placement import TABLES, Placement, Rules, place
@@ -156,7 +156,7 @@ class Quantize(Pass):
     @property
     def _options(self) -> dict[str, Any]:
         """The options of :func:`~edgecompile.placement.place`."""
-        return {"skip": [s.strip() for s in self.skip.split(",") if s.strip()], "ends": _ENDS[self.ends]}
+        return {"skip": globs(self.skip), "ends": _ENDS[self.ends]}
 
     def _collect(
         self,

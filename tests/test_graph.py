@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgecompile import oracle
 from edgecompile.errors import InputError
-from edgecompile.graph import Graph, Provenance, named, provenance, where
+from edgecompile.graph import Graph, Provenance, globs, matches, named, provenance, where
 
 
 def conv_model(*, external: str | None = None, size: int = 600) -> onnx.ModelProto:
@@ -188,6 +188,18 @@ def test_local_functions_and_foreign_domains_survive(tmp_path):
     assert list(after.functions) == [body]
     assert {(o.domain, o.version) for o in after.opset_import} == {("", 18), ("my.domain", 3)}
     assert oracle.run(loaded, {"x": np.array([1, 2], np.float32)})["y"].tolist() == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [("Conv", True), ("/n*", True), ("blocks", True), ("blocks.3", True), ("*.conv", True), ("no, blocks.*.conv ,", True),
+     ("", False), ("conv", False), ("3", False), ("blocks.3.con", False), ("Relu,head", False)],
+)  # fmt: skip
+def test_what_an_option_names(option, named):
+    """A node goes by its name, its operator, its module and all modules above that."""
+    node = gs.Node("Conv", "/node")
+    node.provenance = Provenance(("blocks.3.conv",), ("conv",))  # type: ignore[attr-defined]
+    assert matches(node, globs(option)) == named
 
 
 def test_subgraphs_keep_provenance_and_weights(tmp_path):

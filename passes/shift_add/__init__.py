@@ -25,7 +25,6 @@ Sources: You et al., ShiftAddViT, NeurIPS 2023; You et al., ShiftAddLLM, NeurIPS
 
 from __future__ import annotations
 
-import fnmatch
 import hashlib
 import itertools
 import math
@@ -38,7 +37,7 @@ import onnx_graphsurgeon as gs
 
 from edgecompile import sensitivity
 from edgecompile.errors import InputError, missing_extra
-from edgecompile.graph import Graph, provenance
+from edgecompile.graph import Graph, globs, matches
 from edgecompile.oracle import Feeds, OutputError
 from edgecompile.passes.shift_add import attention, choices, codes, fused, layers, mixture, ops
 from edgecompile.pipeline import ANY_DROP, Context, Drop, Pass, PassResult
@@ -300,9 +299,7 @@ class ShiftAdd(Pass):
         return f"output {lost[0]!r} is not finite where it was" if lost else ""
 
     def _skipped(self, node: gs.Node) -> bool:
-        globs = [s.strip() for s in self.skip.split(",") if s.strip()]
-        names = [node.name, node.op, *provenance(node).modules]
-        return any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names)
+        return matches(node, globs(self.skip))
 
 
 class _Budget:

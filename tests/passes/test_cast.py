@@ -335,7 +335,7 @@ def test_the_user_keeps_nodes():
     text = "(float[64,64] x) => (float[64,64] y) { a = MatMul (x, w) b = Tanh (a) y = MatMul (b, w) }"
     graph = graph_of(text, w=W)
     result = cast(graph, keep="Tanh,nothing", min_snr=30.0)
-    assert narrow(graph) == ["a", "y"] and "keep=nothing: no operator type or node" in notes(result)
+    assert narrow(graph) == ["a", "y"] and "keep=nothing: no operator, node or module" in notes(result)
     graph = graph_of(text, w=W)
     cast(graph, keep="a", min_snr=30.0)
     assert narrow(graph) == ["b", "y"]
