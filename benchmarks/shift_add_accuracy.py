@@ -136,9 +136,10 @@ class Subject:
 
 def stored(graph) -> tuple[int, int]:
     """Bytes of the coded weights, and what they would take in float32."""
+    from edgecompile.functions import CODED
     from edgecompile.passes.shift_add import ops, trainable
 
-    found = [trainable.read(graph, n) for n in graph.nodes if n.domain == ops.DOMAIN and n.op in ops.CODED]
+    found = [trainable.read(graph, n) for n in graph.nodes if n.domain == ops.DOMAIN and n.op in CODED]
     return sum(c.bytes for c in found), sum(4 * c.codes.size for c in found)
 
 

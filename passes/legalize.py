@@ -39,23 +39,17 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from edgecompile.evaluate import Unfoldable
-from edgecompile.graph import Graph, Tensor, disconnect, redirect
+from edgecompile.functions import CODED, DOMAIN, bind, domain, inline, inlined, plain
+from edgecompile.graph import Graph, Tensor, disconnect
 from edgecompile.pipeline import Context, Pass, PassResult
-from edgecompile.propagate import SMALL, Propagation
 
 _CONTRIB = "com.microsoft"
-_ONNX = ("", "ai.onnx", None)
 # Operators of local functions that a target has kernels for.
+_CODED = frozenset((DOMAIN, op) for op in CODED)
 _KERNELS: Mapping[str, frozenset[tuple[str, str]]] = {
-    "tvm": frozenset(
-        ("ai.edgecompile", op)
-        for op in ("ShiftLinear", "ShiftConv", "BinaryCodedLinear", "BinaryCodedConv", "BinaryAngularAttention")
-    ),
+    "tvm": _CODED | {(DOMAIN, "BinaryAngularAttention")},
     "trt": frozenset(),
 }
-_DECODED = 64  # bytes that computing a constant of a local function may take for each byte it is computed from
-_OPERATIONS = 64  # scalar operations for each of those
 _PLUGINS = {"trt": ("TRT", "trt.plugins")}  # domains whose operators a target looks up by itself
 
 
@@ -84,11 +78,13 @@ class Legalize(Pass):
 
     Attributes:
         target: name of the target.
+        keep: leave coded layers to the target, which decides whether it has a kernel (trt: ``shift_add=plugin``).
     """
 
     name: ClassVar[str] = "legalize"
     exact: ClassVar[bool] = True
     target: str = "tvm"
+    keep: bool = False
 
     def __post_init__(self) -> None:
         if self.target not in RULES:
@@ -101,15 +97,16 @@ class Legalize(Pass):
         for rule in RULES[self.target]:
             for op in rule.ops:
                 table.setdefault((rule.domain, op), []).append(rule)
+        kept = _KERNELS[self.target] | (_CODED if self.keep else frozenset())
         for function in graph.function_protos:
             key = (function.domain, function.name)
-            if key not in _KERNELS[self.target] and function.domain not in _PLUGINS.get(self.target, ()):
+            if key not in kept and function.domain not in _PLUGINS.get(self.target, ()):
                 table.setdefault(key, []).append(_LOCAL)
         changed = True
         while changed:  # a rewrite makes room for others, which see its tensors once shapes are inferred
             changed = False
             for node in list(graph.nodes):
-                for rule in table.get((_domain(node), node.op), ()):
+                for rule in table.get((domain(node), node.op), ()):
                     if not node.outputs:  # a rewrite has taken it away
                         break
                     change = rule.apply(graph, node)
@@ -119,17 +116,13 @@ class Legalize(Pass):
             if changed:
                 graph.tidy()
                 graph.infer_shapes()
-        if not any((_domain(n), n.op) in {(f.domain, f.name) for f in graph.function_protos} for n in graph.walk()):
+        if not any((domain(n), n.op) in {(f.domain, f.name) for f in graph.function_protos} for n in graph.walk()):
             graph.function_protos = []
         known = {"", *_PLUGINS.get(self.target, ()), *(f.domain for f in graph.function_protos)}
         for node in graph.walk():
-            if _domain(node) not in known:
-                context.note(f"{self.target} has no operator {_domain(node)}::{node.op}", node)
+            if domain(node) not in known:
+                context.note(f"{self.target} has no operator {domain(node)}::{node.op}", node)
         return context.result()
-
-
-def _domain(node: gs.Node) -> str:
-    return "" if node.domain in _ONNX else str(node.domain)
 
 
 # -- shapes ------------------------------------------------------------------------------------------------------------
@@ -271,7 +264,7 @@ def _explicit_transposed_padding(graph: Graph, node: gs.Node) -> Callable[[], ob
 
 def _definition(graph: Graph, node: gs.Node) -> Callable[[], object] | None:
     body = _function(graph, node)
-    return None if body is None else lambda: _inline(graph, node, body)
+    return None if body is None else lambda: inline(graph, node, body)
 
 
 def _function(graph: Graph, node: gs.Node) -> onnx.FunctionProto | None:
@@ -282,7 +275,7 @@ def _function(graph: Graph, node: gs.Node) -> onnx.FunctionProto | None:
     except onnx.defs.SchemaError:
         return None
     names = [t.name for t in node.inputs]
-    proto = onnx.helper.make_node(node.op, names, [t.name for t in node.outputs], **_plain(node.attrs))
+    proto = onnx.helper.make_node(node.op, names, [t.name for t in node.outputs], **plain(node.attrs))
     body = onnx.FunctionProto()
     versions = [v for v in schema.context_dependent_function_opset_versions if v <= opset]
     if versions:
@@ -298,12 +291,8 @@ def _function(graph: Graph, node: gs.Node) -> onnx.FunctionProto | None:
     defaults = {n: a.default_value for n, a in schema.attributes.items() if a.default_value.type}
     given = {a.name: a for a in proto.attribute}
     for inner in body.node:
-        _bind(inner, {**defaults, **given})
+        bind(inner, {**defaults, **given})
     return body
-
-
-def _plain(attrs: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: onnx.numpy_helper.from_array(v.values) if isinstance(v, gs.Constant) else v for k, v in attrs.items()}
 
 
 def _type(tensor: Tensor) -> onnx.TypeProto:
@@ -311,78 +300,6 @@ def _type(tensor: Tensor) -> onnx.TypeProto:
         return onnx.TypeProto()
     kind = tensor.dtype if isinstance(tensor.dtype, int) else onnx.helper.np_dtype_to_tensor_dtype(tensor.dtype)
     return onnx.helper.make_tensor_type_proto(kind, tensor.shape)
-
-
-def _bind(inner: onnx.NodeProto, values: Mapping[str, onnx.AttributeProto]) -> None:
-    """Replace references to the function's attributes by their values; one without a value is left out."""
-    bound = []
-    for attribute in inner.attribute:
-        if attribute.ref_attr_name in values:
-            name, attribute = (
-                attribute.name,
-                onnx.AttributeProto.FromString(values[attribute.ref_attr_name].SerializeToString()),
-            )
-            attribute.name = name
-        elif attribute.ref_attr_name:
-            continue
-        bound.append(onnx.AttributeProto.FromString(attribute.SerializeToString()))
-    del inner.attribute[:]
-    inner.attribute.extend(bound)
-
-
-def _local(graph: Graph, node: gs.Node) -> Callable[[], object] | None:
-    """The body of an operator that the model defines, for the node's attributes, its constants computed."""
-    found = next((f for f in graph.function_protos if (f.domain, f.name) == (_domain(node), node.op)), None)
-    if found is None or any(graph.opsets.get(o.domain, o.version) != o.version for o in found.opset_import):
-        return None
-    body = onnx.FunctionProto()
-    body.CopyFrom(found)
-    given = onnx.helper.make_node(node.op, [], [], **_plain(node.attrs)).attribute
-    for inner in body.node:
-        _bind(inner, {a.name: a for a in (*found.attribute_proto, *given)})
-    return lambda: _fold(graph, _inline(graph, node, body))
-
-
-def _fold(graph: Graph, nodes: Sequence[gs.Node]) -> None:
-    """Compute what of some nodes, in order, depends on constants only."""
-    basis = sum(t.values.nbytes for n in nodes for t in n.inputs if isinstance(t, gs.Constant))
-    limit = _DECODED * basis + SMALL
-    facts = Propagation(graph, limit, _OPERATIONS * limit, lambda *_: None)
-    constant = {id(node) for node in nodes if facts.visit(node).constant}
-    for node in nodes:
-        if id(node) in constant:
-            continue
-        for tensor in list(node.inputs):
-            before = graph.producer(tensor)
-            if before is None or id(before) not in constant:
-                continue
-            try:
-                redirect(tensor, graph.new_constant(tensor.name, facts.value(tensor)))
-            except Unfoldable:
-                continue  # the nodes stay, and so does what they mean
-
-
-def _inline(graph: Graph, node: gs.Node, body: onnx.FunctionProto) -> list[gs.Node]:
-    """Put the nodes of ``body`` in the place of ``node``; returns them."""
-    formal = [onnx.ValueInfoProto(name=n) for n in body.input]
-    outputs = [onnx.ValueInfoProto(name=n) for n in body.output]
-    proto = onnx.helper.make_graph(list(body.node), node.op, formal, outputs)
-    parsed = gs.import_onnx(onnx.helper.make_model(proto, opset_imports=list(body.opset_import)))
-    empty = gs.Variable.empty()
-    actual = [*node.inputs, *[empty] * (len(formal) - len(node.inputs))]
-    known: dict[str, Tensor] = dict(zip((f.name for f in formal), actual, strict=True))
-    results = list(node.outputs)
-    disconnect([node])
-    known |= {name: result for name, result in zip(body.output, results, strict=False) if result.name}
-    placed = []
-    for inner in parsed.nodes:
-        for tensor in inner.outputs:
-            if tensor.name and tensor.name not in known:
-                known[tensor.name] = graph.new_variable(f"{node.name}_{tensor.name}")
-        inputs = [known[t.name] if t.name else empty for t in inner.inputs]
-        made = [known[t.name] if t.name else gs.Variable.empty() for t in inner.outputs]
-        placed.append(graph.insert(inner.op, inputs, made, inner.attrs, replaces=[node], domain=inner.domain))
-    return placed
 
 
 # -- fused operators of ONNX Runtime -----------------------------------------------------------------------------------
@@ -577,7 +494,7 @@ def _shuffle(graph: Graph, node: gs.Node) -> Callable[[], object] | None:
     """A chain of shuffles that ends at ``node`` as Reshape, Transpose, Reshape, if these are fewer or of fewer axes."""
 
     def joins(other: gs.Node | None) -> bool:
-        return other is not None and other.op in _SHUFFLES and not _domain(other) and len(other.outputs) == 1
+        return other is not None and other.op in _SHUFFLES and not domain(other) and len(other.outputs) == 1
 
     after = graph.sole_consumer(node.outputs[0])
     if joins(after) and after is not None and after.inputs[0] is node.outputs[0]:
@@ -654,7 +571,7 @@ def _split_first(graph: Graph, node: gs.Node) -> Callable[[], object] | None:
     result, perm = node.outputs[0], list(node.attrs.get("perm", ()))
     before = graph.producer(node.inputs[0])
     shape = _extents(node.inputs[0])
-    if before is None or before.op != "Reshape" or _domain(before) or shape is None or not perm:
+    if before is None or before.op != "Reshape" or domain(before) or shape is None or not perm:
         return None
     source, first = before.inputs[0], perm[0]
     inner = _extents(source, math.prod(shape))
@@ -691,7 +608,7 @@ def _split_first(graph: Graph, node: gs.Node) -> Callable[[], object] | None:
 def _taken(graph: Graph, node: gs.Node, tensor: Tensor) -> tuple[list[gs.Node], int] | None:
     """The nodes that read one index of the first axis of ``tensor``, dropping that axis or not, and the index."""
     extent, after = (tensor.shape or [None])[0], graph.sole_consumer(node.outputs[0])
-    if _domain(node) or graph.opsets[""] < 13 or not isinstance(extent, int):
+    if domain(node) or graph.opsets[""] < 13 or not isinstance(extent, int):
         return None
     values = [graph.constant(t) if t.name else None for t in node.inputs[1:]]
     if node.op == "Gather" and node.attrs.get("axis", 0) == 0:
@@ -716,7 +633,7 @@ def _leading_axis(graph: Graph, node: gs.Node) -> Callable[[], object] | None:
     value = graph.constant(node.inputs[side])
     before, after = graph.producer(node.inputs[1 - side]), graph.sole_consumer(node.outputs[0])
     ends = [before, after]
-    if value is None or any(n is None or n.op not in ("Reshape", "Squeeze", "Unsqueeze") or _domain(n) for n in ends):
+    if value is None or any(n is None or n.op not in ("Reshape", "Squeeze", "Unsqueeze") or domain(n) for n in ends):
         return None
     assert before is not None and after is not None
     inner, outer = _static(before.inputs[0]), _static(before.outputs[0])
@@ -865,7 +782,7 @@ def _elements(graph: Graph, shape: Tensor, of: Tensor) -> list[int | _Kept] | No
     value, node = graph.constant(shape), graph.producer(shape)
     if value is not None:
         return value.tolist() if value.ndim == 1 else None
-    if node is None or _domain(node):
+    if node is None or domain(node):
         return None
     if node.op == "Shape" and node.inputs[0] is of and of.shape is not None:
         axes = range(len(of.shape))
@@ -937,7 +854,7 @@ _UNFUSED = (
 _LOCAL = Rule(
     (), "", "replace a local function by its body",
     "the target has no kernel for it, and inlines nothing or leaves the decoding of weights to run time",
-    _local,
+    inlined,
 )  # fmt: skip
 
 RULES: Mapping[str, tuple[Rule, ...]] = {

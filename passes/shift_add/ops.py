@@ -25,9 +25,9 @@ from functools import cache
 import onnx
 from onnx import helper, parser
 
+from edgecompile.functions import DOMAIN
 from edgecompile.graph import Graph
 
-DOMAIN = "ai.edgecompile"
 VERSION = 1
 _FUNCTIONS_SINCE = 8  # the IR version of ONNX 1.10
 OPSET = 13  # the oldest of the standard domain that the bodies are valid in
@@ -153,7 +153,6 @@ _FUNCTIONS = {
     "BinaryAngularAttention": ("turn", "q, k, v, q_threshold, k_threshold", _BINARIZE + _ANGULAR),
     "BinarySoftmaxAttention": ("turn", "q, k, v, q_threshold, k_threshold, scale, bias", _BINARIZE + _HAMMING),
 }
-CODED = ("ShiftLinear", "ShiftConv", "BinaryCodedLinear", "BinaryCodedConv")
 NAMES = tuple(_FUNCTIONS)
 
 

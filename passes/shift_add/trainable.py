@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgecompile.functions import CODED
 from edgecompile.graph import Graph
 from edgecompile.passes.shift_add import codes, ops
 from edgecompile.torch_graph import TorchGraph
@@ -141,5 +142,5 @@ def to_torch(graph: Graph) -> TorchGraph:
         InputError: an operator of the graph is none that torch computes here.
     """
     return TorchGraph(
-        graph, {(ops.DOMAIN, name): CodedLayer if name in ops.CODED else BinaryAttention for name in ops.NAMES}
+        graph, {(ops.DOMAIN, name): CodedLayer if name in CODED else BinaryAttention for name in ops.NAMES}
     )

@@ -9,6 +9,7 @@ TensorRT only: it travels to boards. What takes the graph is imported where it i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -122,7 +123,7 @@ class TrtTarget(Target):
             EnvironmentMissing: TensorRT or a device is missing, or the device has too little memory.
         """
         from edgecompile.targets.trt import build as trt_build
-        from edgecompile.targets.trt import preflight, strong_typing
+        from edgecompile.targets.trt import preflight, shift_add, strong_typing
         from edgecompile.targets.trt.engine import TrtEngine
 
         chosen = trt_options.parse(options)
@@ -133,6 +134,10 @@ class TrtTarget(Target):
         lowered = trt_build.lowered(graph, chosen)
         typed = strong_typing.check(lowered, trt.__version__)
         preflight.require(typed, trt.__version__, len(lowered.nodes))
+        plugins = shift_add.kernels(lowered)
+        if plugins:
+            oldest = "8.0" if chosen.hardware == "ampere_plus" else machine.compute_capability
+            shift_add.register(trt, plugins, oldest)
         built = trt_build.build(trt, lowered, chosen, log, say)
         if say is not None and built.dla is not None:
             say(str(built.dla))
@@ -148,12 +153,18 @@ class TrtTarget(Target):
         if chosen.timing_cache and not chosen.replay:
             write_atomic(Path(chosen.timing_cache), [built.timing_cache])
         dla = {"_dla": asdict(built.dla)} if built.dla else {}
+        packed = {"_plugins": dict(Counter(f"{shift_add.NAMESPACE}::{name}" for name, _ in plugins))} if plugins else {}
         recorded = (
             chosen.recorded()
             | dla
+            | packed
             | {
                 "_timing_cache_sha256": trt_options.digest(built.timing_cache),
-                "_notes": [*([str(built.dla)] if built.dla else []), *(str(p) for p in typed)],
+                "_notes": [
+                    *([str(built.dla)] if built.dla else []),
+                    *([shift_add.NOTHING] if chosen.shift_add == "plugin" and not plugins else []),
+                    *(str(p) for p in typed),
+                ],
             }
         )
         files = (ENGINE, TIMING_CACHE)

@@ -18,7 +18,7 @@ from typing import Any
 
 from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError, did_you_mean
 from edgecompile.graph import Graph, named, where
-from edgecompile.targets.trt import nms, preflight
+from edgecompile.targets.trt import nms, preflight, shift_add
 from edgecompile.targets.trt import options as trt_options
 from edgecompile.targets.trt.options import Options
 from edgecompile.targets.trt.preflight import Problem
@@ -62,14 +62,17 @@ class Built:
 
 
 def lowered(graph: Graph, chosen: Options) -> Graph:
-    """A copy of a graph as TensorRT is given it: nodes with names of their own, and what the options add to it.
+    """A copy of a graph as TensorRT is given it: nodes with names of their own, what the options add to it, and coded
+    layers as plugins or with the weights decoded.
 
     Raises:
         InputError: boxes are to be suppressed, and the outputs are not those of a detector.
     """
     if chosen.nms:
         graph = nms.append(graph, chosen.nms_score, chosen.nms_iou, chosen.nms_boxes)
-    return named(graph)
+    if chosen.shift_add == "plugin":
+        graph = shift_add.lower(graph)
+    return named(shift_add.decoded(graph))
 
 
 def build(trt: Any, graph: Graph, chosen: Options, log: Any, say: Say | None = None) -> Built:

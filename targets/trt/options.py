@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +11,9 @@ from typing import Any
 from edgecompile.errors import EnvironmentMissing, InputError, did_you_mean
 from edgecompile.target import read_flag, read_size
 from edgecompile.targets.trt.plan import HARDWARE_LEVELS
-from edgecompile.targets.trt.probe import Facts
+from edgecompile.targets.trt.probe import Facts, no_plugins
 
+SHIFT_ADD = ("inline", "plugin")
 MOST_BOXES = 3839  # that a suppression may keep: TensorRT's TopK, which stands for it, keeps fewer than 3840
 
 Ranges = Mapping[str, Mapping[int, tuple[int, int, int]]]
@@ -45,6 +46,7 @@ class Options:
     nms_score: float = 0.05
     nms_iou: float = 0.7
     nms_boxes: int = 100
+    shift_add: str = "inline"
 
     def recorded(self) -> dict[str, Any]:
         """The options for the manifest, in a form that :func:`parse` reads again."""
@@ -78,6 +80,8 @@ HELP: Mapping[str, str] = {
     "nms_score": "with nms, drop boxes of at most this score, from 0 to 1",
     "nms_iou": "with nms, drop the lesser of two boxes of a class that overlap by more than this share of their union",
     "nms_boxes": "with nms, boxes kept per image over all classes",
+    "shift_add": "coded weights: inline decodes them before the engine is built, plugin keeps them packed in it "
+    "(TensorRT 10.9, NVRTC, and legalize{target=trt,keep=true} among the passes)",
 }
 
 
@@ -123,6 +127,8 @@ def require(chosen: Options, known: Facts) -> None:
         "WEIGHT_STREAMING": chosen.weight_streaming,
         "GPU_FALLBACK": chosen.dla is not None and chosen.dla_fallback,
     }
+    if chosen.shift_add == "plugin" and not known.compiled_plugins:
+        raise no_plugins(known.version)
     lacking = [name for name in known.unused_flags if wanted[name]]
     if lacking:
         raise EnvironmentMissing(f"TensorRT {known.version} has no {lacking[0]}", "", "leave the option out")
@@ -196,11 +202,14 @@ def _core(name: str, value: Any) -> int | None:
     return None if value is None or str(value) == "" else _whole(0, 15)(name, value)
 
 
-def _level(name: str, value: Any) -> str:
-    if str(value) not in HARDWARE_LEVELS:
-        why = did_you_mean(str(value), HARDWARE_LEVELS) or f"there are {', '.join(HARDWARE_LEVELS)}"
-        raise InputError(f"{name}={value} is not known", why)
-    return str(value)
+def _one_of(choices: Sequence[str]) -> _Reader:
+    def read(name: str, value: Any) -> str:
+        if str(value) not in choices:
+            why = did_you_mean(str(value), choices) or f"there are {', '.join(choices)}"
+            raise InputError(f"{name}={value} is not known", why)
+        return str(value)
+
+    return read
 
 
 def _spelled(ranges: Ranges) -> str:
@@ -231,7 +240,8 @@ _PARSERS: Mapping[str, _Reader] = {
     "level": _whole(0, 5),
     "timing_cache": _text,
     "dynamic": _ranges,
-    "hardware": _level,
+    "hardware": _one_of(HARDWARE_LEVELS),
+    "shift_add": _one_of(SHIFT_ADD),
     "dla": _core,
     "nms_score": _share,
     "nms_iou": _share,

@@ -15,7 +15,10 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from edgecompile.errors import InputError
+from edgecompile.functions import CODED
 from edgecompile.graph import Graph, Tensor, where
+from edgecompile.targets.trt import shift_add
+from edgecompile.targets.trt.probe import PLUGINS_SINCE, no_plugins
 from edgecompile.targets.trt.support import (
     ADVICE,
     MAX_RANK,
@@ -185,6 +188,8 @@ def _whole(view: View, version: str) -> Iterator[Problem]:
                 f"the tensor {tensor.name!r}", f"TensorRT has no {type_name(tensor)}", "convert it outside the model"
             )
     for function in view.graph.function_protos:
+        if function.domain == shift_add.NAMESPACE:  # the parser takes the plugin first
+            continue
         for node in function.node:
             reason = _unsupported(view, node.op_type) if node.domain in _DEFAULT else None
             if reason:
@@ -202,6 +207,11 @@ def _node(view: View, node: gs.Node) -> Iterator[Problem]:
 
 
 def _reasons(view: View, node: gs.Node) -> Iterator[tuple[str, str]]:
+    if node.domain == shift_add.NAMESPACE and node.op in CODED:
+        if view.version < PLUGINS_SINCE:
+            broken = no_plugins(".".join(map(str, view.version)))
+            yield broken.why, broken.fix
+        return
     if node.domain not in _DEFAULT or node.op in PLUGINS - OPERATORS.keys():
         functions = {(f.domain, f.name) for f in view.graph.function_protos}
         if node.op not in PLUGINS and (node.domain or "", node.op) not in functions:

@@ -16,6 +16,9 @@ from edgecompile.targets.trt.plan import Machine
 
 FIX = "pip install 'edgecompile[trt]' (on a Jetson: sudo apt-get install python3-libnvinfer)"
 
+NVRTC_FIX = "pip install 'cuda-python[all]', or use shift_add=inline"
+PLUGINS_SINCE = (10, 9)  # whose parser takes plugins in Python that are compiled ahead of time
+
 
 @dataclass(frozen=True)
 class Facts:
@@ -28,6 +31,7 @@ class Facts:
         dla: the interface knows DLA cores.
         hardware_levels: members of ``HardwareCompatibilityLevel``, in lower case.
         editable_timing_cache: single entries of a timing cache can be read and changed.
+        compiled_plugins: plugins in Python can be compiled ahead of time, into the engine.
         unused_flags: members of ``BuilderFlag`` that this code would use and that are not there.
     """
 
@@ -37,6 +41,7 @@ class Facts:
     dla: bool
     hardware_levels: tuple[str, ...]
     editable_timing_cache: bool
+    compiled_plugins: bool
     unused_flags: tuple[str, ...]
 
 
@@ -61,6 +66,7 @@ def facts(trt: Any) -> Facts:
         dla=hasattr(trt.DeviceType, "DLA"),
         hardware_levels=tuple(name.lower() for name in trt.HardwareCompatibilityLevel.__members__),
         editable_timing_cache=hasattr(trt.ITimingCache, "update"),
+        compiled_plugins=hasattr(trt, "QuickPluginCreationRequest"),
         unused_flags=tuple(name for name in FLAGS if not hasattr(flags, name)),
     )
 
@@ -88,10 +94,48 @@ def system() -> str:
     return f"{sys.platform}-{platform.machine()}".lower()
 
 
+def no_plugins(version: str) -> EnvironmentMissing:
+    """The error of a TensorRT that cannot put plugins in Python into an engine."""
+    least = ".".join(map(str, PLUGINS_SINCE))
+    return EnvironmentMissing(
+        f"TensorRT {version} has no plugins in Python that are compiled ahead of time",
+        f"shift_add=plugin needs those of TensorRT {least}",
+        f"use TensorRT {least} or later, or shift_add=inline",
+    )
+
+
+def nvrtc() -> Any:
+    """NVRTC as cuda-python binds it.
+
+    Raises:
+        EnvironmentMissing: there is none.
+    """
+    try:
+        from cuda.bindings import nvrtc as found  # type: ignore[import-not-found]
+    except ImportError:
+        try:
+            from cuda import nvrtc as found  # type: ignore[import-not-found,no-redef,attr-defined]
+        except ImportError:
+            raise EnvironmentMissing(
+                "the shift-add plugins cannot be compiled", "there is no cuda-python with NVRTC", NVRTC_FIX
+            ) from None
+    return found
+
+
 def machine(trt: Any, device: Device, logger: Any) -> Machine:
     """What this machine can load."""
     cores = int(trt.Runtime(logger).num_DLA_cores)
     return Machine(trt.__version__, device.compute_capability, system(), cores)
+
+
+def _plugins(known: Facts) -> str:
+    try:
+        if not known.compiled_plugins:
+            raise no_plugins(known.version)
+        nvrtc()
+    except EnvironmentMissing as error:
+        return f"no plugins for coded weights ({error.why})"
+    return "plugins for coded weights"
 
 
 def capabilities() -> Iterator[Capability]:
@@ -106,7 +150,7 @@ def capabilities() -> Iterator[Capability]:
     detail = f"{typing}; hardware levels: {', '.join(known.hardware_levels)}"
     if known.unused_flags:
         detail += f"; without {', '.join(known.unused_flags)}"
-    yield Capability("TensorRT", True, known.version, detail)
+    yield Capability("TensorRT", True, known.version, f"{detail}; {_plugins(known)}")
     try:
         device = cuda.open_device()
         cores = int(trt.Runtime(trt.Logger(trt.ILogger.Severity.ERROR)).num_DLA_cores)

@@ -15,8 +15,9 @@ from test_shift_add import graph_of, net, outputs
 from edgecompile import oracle, qdq, tradeoff
 from edgecompile.calibration_data import open_data
 from edgecompile.errors import InputError
+from edgecompile.functions import CODED
 from edgecompile.graph import Graph
-from edgecompile.passes.shift_add import ShiftAdd, choices, codes, ops
+from edgecompile.passes.shift_add import ShiftAdd, choices, codes
 from edgecompile.pipeline import Context, Drop, PassResult
 
 pytest.importorskip("onnxruntime")
@@ -39,7 +40,7 @@ def level(graph: Graph, reference: Graph) -> float:
 
 
 def coded(graph: Graph) -> int:
-    return sum(n.op in ops.CODED for n in graph.nodes)
+    return sum(n.op in CODED for n in graph.nodes)
 
 
 def test_layers_that_cost_most_go_back_until_the_outputs_are_good_enough():
@@ -103,8 +104,8 @@ def test_the_fewest_bytes_that_hold_the_budget(budget):
         other = net()
         run(other, code="pot", bits=bits)
         if level(other, net()) >= budget:
-            uniform = sum(n.inputs[1].values.nbytes for n in other.nodes if n.op in ops.CODED)
-            assert sum(n.inputs[1].values.nbytes for n in graph.nodes if n.op in ops.CODED) <= uniform
+            uniform = sum(n.inputs[1].values.nbytes for n in other.nodes if n.op in CODED)
+            assert sum(n.inputs[1].values.nbytes for n in graph.nodes if n.op in CODED) <= uniform
             break
     assert set(found.values()) <= set(codes.WIDTHS["pot"])
 
@@ -115,7 +116,7 @@ def test_a_stricter_budget_takes_more_bytes():
     for more in (-1, 5, 9):
         graph = net()
         run(graph, bits=0, min_snr=level(free, net()) + more)
-        sizes.append(sum(n.inputs[1].values.nbytes for n in graph.nodes if n.op in ops.CODED))
+        sizes.append(sum(n.inputs[1].values.nbytes for n in graph.nodes if n.op in CODED))
     assert sizes == sorted(sizes) and len(set(sizes)) > 1
 
 
@@ -162,7 +163,7 @@ def test_equal_weights_are_coded_and_stored_once(same):
     graph = graph_of(TWINS, w=w, v=w if same else rng.standard_normal((16, 16)))
     reference = graph.copy()
     result = run(graph, code="sp2", bits=8)
-    assert len({id(n.inputs[1]) for n in graph.nodes if n.op in ops.CODED}) == (1 if same else 2)
+    assert len({id(n.inputs[1]) for n in graph.nodes if n.op in CODED}) == (1 if same else 2)
     assert coded(graph) == 2 and len(result.rewrites) == (1 if same else 2)
     assert len([t for t in graph.to_proto().graph.initializer if "planes" in t.name]) == (1 if same else 2)
     assert level(graph, reference) > 20

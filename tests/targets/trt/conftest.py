@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Knobs]:
         chosen = Knobs(**knobs)
         trt = make(version, chosen)
         monkeypatch.setattr(trt_probe, "runtime", lambda: trt)
+        monkeypatch.setitem(sys.modules, "tensorrt.plugin", trt._plugin)  # None where a version has no such module
         monkeypatch.setattr(cuda, "open_device", lambda: HostDevice(chosen, compute_capability))
         return chosen
 

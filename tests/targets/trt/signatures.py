@@ -20,7 +20,7 @@ CLASSES = (
     *("IBuilderConfig", "ICudaEngine", "IExecutionContext", "IHostMemory", "ILayer", "ILogger", "INetworkDefinition"),
     *("IOptimizationProfile", "IProfiler", "IProgressMonitor", "ITensor", "ITimingCache", "LayerInformationFormat"),
     *("Logger", "MemoryPoolType", "NetworkDefinitionCreationFlag", "OnnxParser", "ParserError", "ProfilingVerbosity"),
-    *("Runtime", "Severity", "TensorIOMode", "TensorLocation"),
+    *("QuickPluginCreationRequest", "Runtime", "Severity", "TensorIOMode", "TensorLocation"),
 )
 
 

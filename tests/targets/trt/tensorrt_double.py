@@ -23,6 +23,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import signatures
+import tensorrt_plugin
 
 from edgecompile.device import Buffer, Device, out_of_memory
 
@@ -269,6 +270,7 @@ def make(version: str, knobs: Knobs) -> Any:
         return True
 
     module.Logger, module.init_libnvinfer_plugins = Logger, init_libnvinfer_plugins
+    module._plugin = tensorrt_plugin.make(module) if hasattr(module, "QuickPluginCreationRequest") else None
     return module
 
 
@@ -312,6 +314,7 @@ class _Builder:
             self._logger.log(self._trt.Severity.ERROR, self._knobs.build_error)
             return None
         config._cache._content += b"measured;"
+        built = [tensorrt_plugin.compiled(*one, network._model) for one in network._plugins]
         strong = 1 << int(self._trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
         facts = {
             "version": self._trt.__version__,
@@ -319,6 +322,7 @@ class _Builder:
             "flags": sorted(config._flags),
             "strong": bool(self._knobs.network_flags & strong),
             "detailed": config.profiling_verbosity is self._trt.ProfilingVerbosity.DETAILED,
+            "plugins": built,
         }
         text = json.dumps(facts).encode()
         return self._trt.IHostMemory(MAGIC + text + b"\n" + network._model.SerializeToString())
@@ -401,6 +405,9 @@ class _INetworkDefinition:
     _model: onnx.ModelProto
     _inputs: Any = ()
 
+    def __init__(self):
+        self._plugins = []
+
     def _take(self, model: onnx.ModelProto) -> None:
         self._model = model
         weights = {w.name for w in model.graph.initializer}
@@ -442,12 +449,24 @@ class _OnnxParser:
         names = [n.name for n in proto.graph.node]
         assert all(names) and len(set(names)) == len(names), "TensorRT names layers after nodes"
         self._errors = [
-            self._trt.ParserError(_INSIDE, node, self._knobs.refuse[node.op_type])
+            self._trt.ParserError(_INSIDE, node, why)
             for node in proto.graph.node
-            if node.op_type in self._knobs.refuse
+            if (why := self._refusal(proto, node))
         ]
         self._network._take(proto)
         return not self._errors
+
+    def _refusal(self, model, node):
+        given = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        space = given.get("plugin_namespace", b"").decode()
+        if space and self._trt._plugin is not None and given.get("aot") == 1:
+            known = self._trt._plugin._registry.get(f"{space}::{node.op_type}")
+            if known is not None:  # a plugin goes before a local function
+                self._network._plugins.append((known, node, given))
+                return ""
+        bodies = [n for f in model.functions if (f.domain, f.name) == (node.domain, node.op_type) for n in f.node]
+        lacking = [n.op_type for n in bodies if n.op_type in ("BitShift", "Range")]
+        return f"no importer registered for op {lacking[0]}" if lacking else self._knobs.refuse.get(node.op_type, "")
 
     @property
     def num_errors(self):

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,10 +55,8 @@ print(json.dumps([found, log.messages, told, goes_on, facts.__dict__, strong, pl
 """
 
 
-@pytest.fixture(scope="module", params=PACKAGES)
-def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
-    """A version, and what a process that imports its bindings sees."""
-    version = request.param
+def unpacked(version: str, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the bindings of a version and stub libraries, to be on the paths of Python and of the linker."""
     cache = getattr(request.config, "cache", None)  # a run without pytest's cache fetches them again
     folder = (cache.mkdir("tensorrt-bindings") if cache else tmp_path_factory.mktemp("wheels")) / version
     if not list(folder.glob("*.whl")):
@@ -79,6 +78,14 @@ def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     for library in LIBRARIES:
         target = place / f"lib{library}.so.{version.split('.')[0]}"
         subprocess.run([compiler, "-shared", "-fPIC", "-o", str(target), str(place / "stub.c")], check=True)
+    return place
+
+
+@pytest.fixture(scope="module", params=PACKAGES)
+def bindings(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[Any]]:
+    """A version, and what a process that imports its bindings sees."""
+    version = request.param
+    place = unpacked(version, request, tmp_path_factory)
     environment = os.environ | {"LD_LIBRARY_PATH": str(place), "PYTHONPATH": str(place)}
     command = [sys.executable, "-c", LOOK, str(signatures.FOLDER / f"{version}.json")]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)

@@ -19,7 +19,7 @@ import stubs
 
 import edgecompile.targets.trt as target
 
-SOURCES = ("build.py", "engine.py", "probe.py", "session.py")
+SOURCES = ("build.py", "engine.py", "probe.py", "session.py", "shift_add.py")
 TYPES = {
     "trt": "Module",
     "builder": "Builder",
