@@ -2,13 +2,14 @@
 
 Usage: python benchmarks/shift_add.py [JOB ...] [--seconds 4] [--output FILE]
 
-Jobs: `gemv` (one token, 4096 x 11008), `gemm_196` and `gemm_144` (196 x 384 x 1536 and 144 x 448 x 896),
-`attention_196` and `attention_1024` (one head of 64, queries, keys and values given), `block_196` and `block_1024` (the
-same with the projections before and after, and the shortcut). Each runs in a process of its own. Speedups are over the
-arm `ort float32`: above 1 is faster; the interval in brackets has 95 % confidence. Bytes are those of the model file
-over those of that arm, SNR is that of the output against the body of the operator in ONNX Runtime; weights and
-activations are random. MatMulNBits has weights of its own of four bits, by blocks of 32 or 128, and its level 4 rounds
-activations to 8 bits, as `int8` does here.
+Jobs: `call` (one token, 16 x 16: what a call costs), `gemv` (one token, 4096 x 11008), `gemm_196` and `gemm_144`
+(196 x 384 x 1536 and 144 x 448 x 896), `attention_196` and `attention_1024` (one head of 64, queries, keys and values
+given), `block_196` and `block_1024` (the same with the projections before and after, and the shortcut). Each runs in a
+process of its own. Speedups are over the arm `ort float32`: above 1 is faster; the interval in brackets has 95 %
+confidence. Bytes are those of the model file over those of that arm, SNR is that of the output against the body of the
+operator in ONNX Runtime; weights and activations are random. MatMulNBits has weights of its own of four bits, by blocks
+of 32 or 128, and its level 4 rounds activations to 8 bits, as `int8` does here. `ort custom op` is the option
+`custom_ops=yes` of the target `ort`.
 """
 
 from __future__ import annotations
@@ -22,22 +23,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-JOBS = ("gemv", "gemm_196", "gemm_144", "attention_196", "attention_1024", "block_196", "block_1024")
-SIZES = {"gemv": (1, 4096, 11008), "gemm_196": (196, 384, 1536), "gemm_144": (144, 448, 896)}
+JOBS = ("call", "gemv", "gemm_196", "gemm_144", "attention_196", "attention_1024", "block_196", "block_1024")
+SIZES = {"call": (1, 16, 16), "gemv": (1, 4096, 11008), "gemm_196": (196, 384, 1536), "gemm_144": (144, 448, 896)}
 HEAD, OPSET = 64, 17
 BASE = "ort float32"
+BODY, KERNEL = {"custom_ops": "no"}, {"custom_ops": "yes"}
 
 
 def graph_of(nodes: list[Any], weights: dict[str, Any], shapes: dict[str, Any], functions: Sequence[str] = ()) -> Any:
     from onnx import TensorProto, helper, numpy_helper
 
+    from edgecompile.functions import DOMAIN
     from edgecompile.graph import Graph
     from edgecompile.passes.shift_add import ops
 
     ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in shapes.items()]
     held = [numpy_helper.from_array(v, n) for n, v in weights.items()]
     body = helper.make_graph(nodes, "benchmark", ports[:-1], ports[-1:], held)
-    opsets = [("", OPSET), (ops.DOMAIN, ops.VERSION), ("com.microsoft", 1)]
+    opsets = [("", OPSET), (DOMAIN, ops.VERSION), ("com.microsoft", 1)]
     imports = [helper.make_opsetid(*o) for o in opsets]
     made = [ops.function(name, OPSET) for name in functions]
     return Graph.from_proto(helper.make_model(body, opset_imports=imports, functions=made, ir_version=9))
@@ -48,7 +51,8 @@ def product(job: str) -> dict[str, tuple[str, dict[str, str], Any]]:
     import numpy as np
     from onnx import helper
 
-    from edgecompile.passes.shift_add import codes, ops
+    from edgecompile.functions import DOMAIN
+    from edgecompile.passes.shift_add import codes
 
     m, depth, n = SIZES[job]
     rng = np.random.default_rng(0)
@@ -62,18 +66,24 @@ def product(job: str) -> dict[str, tuple[str, dict[str, str], Any]]:
         weights = {"planes": codes.pack(one.codes, 4), "exponents": one.exponents}
         weights |= {} if kind == "binary" else {"levels": codes.book(kind, 4)}
         name = "BinaryCodedLinear" if kind == "binary" else "ShiftLinear"
-        node = helper.make_node(name, ["x", *weights], ["y"], domain=ops.DOMAIN, columns=depth, group=group)
+        node = helper.make_node(name, ["x", *weights], ["y"], domain=DOMAIN, columns=depth, group=group)
         return one, graph_of([node], weights, shapes, [name])
 
     one, graph = coded("sp2", depth if m > 1 else 256)
     dense = {"w": np.ascontiguousarray(one.decode().T)}
+    binary = coded("binary", 256)[1]
     arms = {
         BASE: ("ort", {}, graph_of([helper.make_node("MatMul", ["x", "w"], ["y"])], dense, shapes)),
-        "ort body": ("ort", {}, graph),
+        "ort body": ("ort", BODY, graph),
+        "ort custom op": ("ort", KERNEL, graph),
+        "ort custom op int8": ("ort", {**KERNEL, "activations": "int8"}, graph),
+        "ort custom op binary": ("ort", KERNEL, binary),
         "tvm": ("tvm", {}, graph),
         "tvm int8": ("tvm", {"activations": "int8"}, graph),
-        "tvm binary": ("tvm", {}, coded("binary", 256)[1]),
+        "tvm binary": ("tvm", {}, binary),
     }
+    if job == "call":
+        return {name: arm for name, arm in arms.items() if arm[0] == "ort"}
     for block in (32, 128):
         for level in (0, 4):
             weights = {
@@ -93,7 +103,7 @@ def attention(tokens: int, *, block: bool) -> dict[str, tuple[str, dict[str, str
     import numpy as np
     from onnx import helper
 
-    from edgecompile.passes.shift_add import ops
+    from edgecompile.functions import DOMAIN
 
     rng = np.random.default_rng(0)
     shape = [1, tokens, HEAD]
@@ -107,7 +117,7 @@ def attention(tokens: int, *, block: bool) -> dict[str, tuple[str, dict[str, str
         nodes = [make("MatMul", ["x", f"w{n}"], [n]) for n in "qkv"] if block else []
         if angular:
             given = ["q", "k", "v", "threshold", "threshold"]
-            nodes += [make("BinaryAngularAttention", given, ["a"], domain=ops.DOMAIN, turn=[0, 2, 1])]
+            nodes += [make("BinaryAngularAttention", given, ["a"], domain=DOMAIN, turn=[0, 2, 1])]
         else:
             nodes += [make("Transpose", ["k"], ["t"], perm=[0, 2, 1]), make("MatMul", ["q", "t"], ["s"])]
             nodes += [make("Mul", ["s", "root"], ["r"]), make("Softmax", ["r"], ["p"], axis=-1)]
@@ -122,7 +132,8 @@ def attention(tokens: int, *, block: bool) -> dict[str, tuple[str, dict[str, str
 
     return {
         BASE: ("ort", {}, model(False)),
-        "ort angular": ("ort", {}, model(True)),
+        "ort angular": ("ort", BODY, model(True)),
+        "ort custom op angular": ("ort", KERNEL, model(True)),
         "tvm angular": ("tvm", {}, model(True)),
         "tvm softmax": ("tvm", {}, model(False)),
     }
@@ -135,7 +146,7 @@ def run_one(job: str, seconds: float) -> dict[str, Any]:
     from edgecompile.targets.tvm import TvmTarget
 
     kind, _, rest = job.partition("_")
-    arms = product(job) if "gem" in kind else attention(int(rest), block=kind == "block")
+    arms = product(job) if job in SIZES else attention(int(rest), block=kind == "block")
     targets = {"ort": OrtTarget(), "tvm": TvmTarget()}
     feeds = oracle.random_feeds(arms[BASE][2].signature().inputs)
     manifests, sizes, outputs, said = {}, {}, {}, {}
@@ -162,6 +173,9 @@ def run_one(job: str, seconds: float) -> dict[str, Any]:
 
         taken = measure.interleave_sessions(open_arms, "thread_cpu", seconds=seconds, threads=1)
     same = {
+        "ort custom op": "ort body",
+        "ort custom op int8": "ort body",
+        "ort custom op angular": "ort angular",
         "tvm": "ort body",
         "tvm int8": "ort body",
         "tvm angular": "ort angular",

@@ -28,10 +28,11 @@ import onnx_graphsurgeon as gs
 
 from edgecompile import oracle
 from edgecompile.errors import InputError
+from edgecompile.files import write_atomic
 from edgecompile.graph import Graph, Provenance, named, provenance, where
 from edgecompile.target import Capability, Engine, EngineManifest, LayerTime, Target
 from edgecompile.targets import ort_session
-from edgecompile.targets.ort_session import ENGINE, NCHWC, OPTIONS, ORT_FORMAT, Options, OrtSession
+from edgecompile.targets.ort_session import ENGINE, NCHWC, OPS, OPTIONS, ORT_FORMAT, Options, OrtSession
 
 
 class OrtTarget(Target):
@@ -52,10 +53,11 @@ class OrtTarget(Target):
     def build(
         self, graph: Graph, folder: Path, options: Mapping[str, Any], say: Callable[[str], None] | None = None
     ) -> Engine:
-        """See :meth:`edgecompile.target.Target.build`; on the CPU, writes :data:`ENGINE` and on request the ORT format.
+        """See :meth:`edgecompile.target.Target.build`; on the CPU, writes :data:`ENGINE` and on request the ORT format,
+        and :data:`OPS` where kernels of our own are used.
 
         Equal graphs give equal files on the same machine, but for the ORT format, whose tables ONNX Runtime orders by
-        memory address.
+        memory address, and for layers whose two kernels are about as fast.
         """
         ort = ort_session.runtime()
         chosen = ort_session.parse(ort, options)
@@ -63,7 +65,7 @@ class OrtTarget(Target):
         files: list[str] = []
         device = chosen.providers[0]
         if chosen.cpu_only:
-            files = _optimise(ort, source, folder, chosen)
+            files = _store(ort, source, folder, chosen, say or (lambda _: None))
             device = ort_session.cpu()
             if chosen.ort_format:
                 _write_ort_format(ort, folder, chosen)
@@ -111,6 +113,7 @@ class OrtEngine(OrtSession, Engine):
     def _open(self, **how: Any):
         how |= {"stream": self._stream}
         if self.manifest.files:
+            how |= {"library": self._library}
             return _session(self._ort, self._folder / ENGINE, self._chosen, self._graph, optimise=False, **how)
         with tempfile.TemporaryDirectory(prefix=".ort.") as scratch:
             path = Path(scratch) / "model.onnx"
@@ -216,7 +219,20 @@ def _unique(name: str, taken: set[str]) -> str:
     return candidate
 
 
-def _optimise(ort, graph: Graph, folder: Path, chosen: Options) -> list[str]:
+def _store(ort, graph: Graph, folder: Path, chosen: Options, say: Callable[[str], None]) -> list[str]:
+    """Write what the engine runs, with kernels of our own where they are wanted; the names of the files."""
+    from edgecompile.targets import ort_custom
+
+    with tempfile.TemporaryDirectory(prefix=".ort.", dir=folder) as scratch:
+        lowered = None if chosen.ort_format else ort_custom.lower(ort, graph, chosen, Path(scratch), say)
+    if lowered is None:
+        return _optimise(ort, graph, folder, chosen)
+    graph, code = lowered
+    write_atomic(folder / OPS, [code])
+    return [*_optimise(ort, graph, folder, chosen, folder / OPS), OPS]
+
+
+def _optimise(ort, graph: Graph, folder: Path, chosen: Options, library: Path | None = None) -> list[str]:
     """Let ONNX Runtime optimise the graph; write what it made of it, attributed and in an order of our own."""
     with tempfile.TemporaryDirectory(prefix=".ort.", dir=folder) as scratch:
         source, result = Path(scratch) / "model.onnx", Path(scratch) / "optimised.onnx"
@@ -226,7 +242,7 @@ def _optimise(ort, graph: Graph, folder: Path, chosen: Options) -> list[str]:
                 "session.optimized_model_external_initializers_file_name": result.name + ".data",
                 "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
             }
-        _session(ort, source, chosen, graph, save=result, config=config)
+        _session(ort, source, chosen, graph, save=result, config=config, library=library)
         optimised = Graph.load(result)
         attribute(optimised, graph)
         _canonicalise(optimised, graph)

@@ -37,13 +37,19 @@ from edgecompile import measure
 from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError, did_you_mean, missing_extra
 from edgecompile.target import Capability, EngineManifest, read_flag, read_size, read_threads
 
-ENGINE, ORT_FORMAT = "model.ort.onnx", "model.ort"
+ENGINE, ORT_FORMAT, OPS = "model.ort.onnx", "model.ort", "ops.so"
 OPTIONS: Mapping[str, tuple[Any, str]] = {
     "providers": ("cpu", "execution providers, first choice first: cpu, cuda, tensorrt, openvino, or auto"),
     "threads": ("auto", "threads of one operator; auto: every physical core this process may use. 1 is timed best"),
     "level": ("all", "graph optimisations: basic, extended, layout, all"),
     "ort_format": (False, f"also write {ORT_FORMAT}, the format of ONNX Runtime's minimal builds"),
     "transfers": (False, "on a GPU, include the copies of inputs and outputs in what is timed"),
+    "custom_ops": (
+        "auto",
+        "kernels of our own for coded weights and angular attention (pass shift_add), compiled here and kept in "
+        f"{OPS}: auto where they are measured to be faster, yes, no",
+    ),
+    "activations": ("float32", "what meets coded weights: float32; int8 rounds each token to 8 bits where that pays"),
     "PROVIDER.KEY": ("", "an option of a provider, e.g. cuda.device_id=1; a wrong name lists those that there are"),
 }
 PROVIDERS = {
@@ -91,6 +97,8 @@ class Options:
     ort_format: bool
     transfers: bool = False
     provider_options: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    custom_ops: str = "no"
+    integers: bool = False
 
     @property
     def cpu_only(self) -> bool:
@@ -157,7 +165,13 @@ class OrtSession:
         """
         stored = bool(self.manifest.files)
         path = self._folder / (ENGINE if stored else "model.onnx")
-        return session(self._ort, path, self._chosen, self._blame, optimise=not stored, stream=self._stream, **how)
+        how |= {"library": self._library, "stream": self._stream}
+        return session(self._ort, path, self._chosen, self._blame, optimise=not stored, **how)
+
+    @property
+    def _library(self) -> Path | None:
+        """The custom operators of the engine."""
+        return self._folder / OPS if OPS in self.manifest.files else None
 
     @property
     def _stream(self) -> int:
@@ -330,6 +344,8 @@ def load(folder: Path, manifest: EngineManifest) -> OrtSession:
 def check(ort, folder: Path, manifest: EngineManifest) -> None:
     """Refuse an optimised model that another version of ONNX Runtime made, or that fits another CPU.
 
+    Custom operators are compiled code: every instruction set that they were compiled for must be here.
+
     Raises:
         EnvironmentMissing: it is one.
     """
@@ -341,6 +357,12 @@ def check(ort, folder: Path, manifest: EngineManifest) -> None:
             f"{folder / ENGINE} was built with ONNX Runtime {built}",
             f"this is {ort.__version__}, and an optimised model runs on the version that made it",
             f"pip install 'onnxruntime=={built}', or {_REBUILD}",
+        )
+    if OPS in manifest.files and (missing := [f for f in manifest.device.split() if f not in cpu().split()]):
+        raise EnvironmentMissing(
+            f"{folder / OPS} was built for another CPU",
+            f"it needs {', '.join(missing)}, which this machine lacks",
+            f"{_REBUILD}, or build with custom_ops=no",
         )
     if _vectors(manifest.device) != _vectors(cpu()) and blocked(folder / ENGINE):
         raise EnvironmentMissing(
@@ -410,7 +432,16 @@ def parse(ort, given: Mapping[str, Any]) -> Options:
         read_flag("ort_format", value["ort_format"]),
         read_flag("transfers", value["transfers"]),
         provider_options,
+        _one_of("auto", "yes", "no")("custom_ops", value["custom_ops"]),
+        _one_of("float32", "int8")("activations", value["activations"]) == "int8",
     )
+    able = chosen.cpu_only and not chosen.ort_format
+    if chosen.custom_ops == "yes" and not able:
+        raise InputError("custom_ops=yes cannot be had", "the kernels are for providers=cpu, without ort_format")
+    if chosen.integers and (chosen.custom_ops == "no" or not able):
+        raise InputError(
+            "activations=int8 has no effect", "only kernels of our own round", "add custom_ops=auto and providers=cpu"
+        )
     if chosen.transfers and chosen.capture:
         raise InputError(
             "transfers cannot be part of a CUDA graph",
@@ -663,6 +694,7 @@ def session(
     save: Path | None = None,
     config: Mapping[str, str] | None = None,
     profile: str = "",
+    library: Path | None = None,
     stream: int = 0,
     capture: bool = False,
 ):
@@ -677,6 +709,7 @@ def session(
         save: where to write the optimised graph.
         config: session configuration entries.
         profile: prefix of the profile's file, ``""`` for none.
+        library: custom operators that the model needs.
         stream: the CUDA stream to compute on, 0 for one of ONNX Runtime's own.
         capture: let the provider of first choice capture CUDA graphs.
 
@@ -703,6 +736,8 @@ def session(
         _load_libraries(ort, chosen.providers)
     first = chosen.providers[0]
     try:  # without its own fallback, which prints and goes on with the CPU
+        if library is not None:
+            options.register_custom_ops_library(str(library))
         made = ort.InferenceSession(
             str(path), options, providers=_arguments(chosen, stream, capture), enable_fallback=0
         )

@@ -18,13 +18,12 @@ from typing import Any
 
 import numpy as np
 
+from edgecompile.functions import CODED
 from edgecompile.targets.tvm import options
 from edgecompile.targets.tvm.options import Options
 from edgecompile.targets.tvm.schedules import int8, tile
 from edgecompile.targets.tvm.schedules import shift_add as kernels
 
-DOMAIN = "ai.edgecompile"
-CODED = ("ShiftLinear", "ShiftConv", "BinaryCodedLinear", "BinaryCodedConv")
 ANGULAR = "BinaryAngularAttention"
 OPERATORS = (*CODED, ANGULAR)
 _TOKENS = 4  # most that a kernel for few tokens holds in registers
