@@ -434,6 +434,7 @@ def run(
             keep(subject, samples, name=name)
         except InputError as error:
             notes.append(f"the raw samples are not kept: {error}")
+    notes += board.notes if board else ()
     return BenchResult.of(
         name, manifest, samples, machine=board.facts().get("machine") if board and board.device else None,
         seconds=spent, wanted=precision, engine_bytes=size, memory=memory,

@@ -99,7 +99,9 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
     "  edgecompile build model.py:small --target ort -o build/small --dynamic x:0=1:4:16\n"
     "  edgecompile build net.onnx --target ort --option threads=1 --option ort_format=true\n"
     "  edgecompile build net.onnx --precision int8 --calib images/ --config edgecompile.toml\n"
-    "  edgecompile build net.onnx --prune 0.7x --calib images/"
+    "  edgecompile build net.onnx --prune 0.7x --calib images/\n"
+    "  edgecompile build net.onnx --target tvm --tune 10m\n"
+    "  edgecompile build net.onnx --target tvm --device rpc://tracker:9190/pi5"
 )
 @click.argument("source")
 @click.option("--target", default="ort", show_default=True, help="Backend: see `edgecompile doctor`.")
@@ -112,6 +114,11 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
 @click.option(
     "--option", "target_options", multiple=True, metavar="KEY=VALUE",
     help="Option of the target, e.g. threads=1; `--option help` lists them.",
+)  # fmt: skip
+@click.option(
+    "--device", default="", metavar="rpc://TRACKER:PORT/KEY",
+    help="Build for a board of TVM's RPC tracker, compare and measure there, e.g. rpc://tracker:9190/pi5; "
+    "with --target tvm.",
 )  # fmt: skip
 @click.option("--calib", metavar="PATH", help="Calibration data: folder of images, .npz, .npy, or random:16.")
 @click.option("--calib-memory", metavar="512MiB", help="Memory that calibration may take for activations.")
@@ -126,6 +133,10 @@ _passes_option = click.option("--passes", metavar="SPEC", help="Passes and optio
     "--prune", metavar="0.7x", help="Prune channels to this share of the measured latency; repaired with --calib."
 )
 @click.option("--prune-params", metavar="0.5", help="Prune channels to this share of the parameters instead.")
+@click.option(
+    "--tune", metavar="10m", help="Look for faster kernels for so long; what is found is kept for the next time. "
+    "0s only takes what is known.",
+)  # fmt: skip
 @click.option("--force", is_flag=True, help="Keep int8 or fp16 even if it is not faster than fp32.")
 @click.option("--strict", is_flag=True, help="Stop when a pass fails, instead of going on without it.")
 @click.option("--no-bench", is_flag=True, help="Do not measure latency.")
@@ -166,6 +177,15 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
         given["output"], given["passes"] = given["output"] or Path(given["source"]), given["passes"] or ""
     if given["dynamic"] and "dynamic" in registry.target(given["target"]).options:
         recorded = {**recorded, "dynamic": ",".join(given["dynamic"])}
+    if given["tune"] is not None:
+        files.time_box(given["tune"], "--tune")
+        if "tune" not in registry.target(given["target"]).options:
+            able = [name for name in registry.target_names() if "tune" in registry.target(name).options]
+            raise InputError(
+                f"target {given['target']} cannot tune", "its runtime chooses the kernels itself",
+                f"leave out --tune, or use --target {' or '.join(able)}",
+            )  # fmt: skip
+        recorded = {**recorded, "tune": given["tune"]}
     options = driver.Options(
         target=given["target"],
         precision=given["precision"],
@@ -184,12 +204,15 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
         force=given["force"],
         prune=None if given["prune"] is None else files.share(given["prune"], "--prune"),
         prune_params=None if given["prune_params"] is None else files.share(given["prune_params"], "--prune-params"),
+        device=given["device"],
     )
     if options.prune is not None and options.prune_params is not None:
         raise InputError("--prune and --prune-params cannot both be the goal", fix="give one of them")
     if options.prune is not None and options.prepare:
         raise InputError("--prune times the model on the target", "--prepare leaves that to the board",
                          "prune on the board, or give --prune-params")  # fmt: skip
+    if options.device and (options.prepare or options.prune is not None):
+        raise InputError("--device does not go with --prepare or --prune", fix="leave one of them out")
     if options.passes is None and not bundle.is_bundle(given["source"]):
         driver.check(given["source"], options)  # what cannot be built fails before the export
     with terminal.progress() as say, opened(given, say) as source:

@@ -24,7 +24,11 @@ _HISTORY = Path(".edgecompile/history.jsonl")
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines instead of a table.")
 _seed = click.option("--seed", default=0, show_default=True, help="Seed of the order of sessions.")
-_device = click.option("--device", metavar="ssh://HOST", help="Measure there; it needs Python and the runtime only.")
+_device = click.option(
+    "--device", metavar="ssh://HOST|rpc://TRACKER:PORT/KEY",
+    help="Measure there: a board behind ssh needs Python and the runtime only; one of TVM's RPC tracker runs bundles "
+    "of target tvm, e.g. rpc://tracker:9190/pi5.",
+)  # fmt: skip
 _store = click.option(
     "--store", type=click.Path(path_type=Path), default=_STORE, show_default=True, help="Folder of saved baselines."
 )
@@ -41,7 +45,8 @@ _history = click.option(
 
 @click.command(
     epilog="\b\nExamples:\n  edgecompile bench build/shvit_s1\n"
-    "  edgecompile bench build/shvit_s1 --layers -o bench\n  edgecompile bench build/* --device ssh://orin"
+    "  edgecompile bench build/shvit_s1 --layers -o bench\n  edgecompile bench build/* --device ssh://orin\n"
+    "  edgecompile bench build/repvgg_a0 --device rpc://tracker:9190/pi5"
 )
 @click.argument("subjects", nargs=-1, required=True, metavar="X...")
 @click.option("--seconds", default=10.0, show_default=True, help="Most time to spend on each.")
@@ -77,9 +82,9 @@ def bench(
     found = []
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(terminal.progress())
-        board = stack.enter_context(remote.open_board(device))
+        board = stack.enter_context(remote.open_board(device, say=say))
         for number, subject in enumerate(subjects, 1):
-            bundle = stack.enter_context(as_bundle(subject, target, target_options, seed, say))
+            bundle = stack.enter_context(as_bundle(subject, target, target_options, seed, say, device))
             result = measuring.run(
                 bundle, bundle.probe()[0], board=board, seconds=seconds, precision=fraction, seed=seed,
                 progress=lambda done, name=subject: say(f"measuring {name}, {done:.0%}"),
@@ -149,8 +154,8 @@ def compare(
     fraction = config.fraction(wanted, "--precision")
     with contextlib.ExitStack() as stack:
         say = stack.enter_context(terminal.progress())
-        a, b = (stack.enter_context(as_bundle(x, target, target_options, seed, say)) for x in (first, second))
-        board = stack.enter_context(remote.open_board(device))
+        a, b = (stack.enter_context(as_bundle(x, target, target_options, seed, say, device)) for x in (first, second))
+        board = stack.enter_context(remote.open_board(device, say=say))
         found = comparing.compare(a, b, board, seconds=seconds, precision=fraction, seed=seed, progress=say)
     if as_json:
         terminal.print_json(found.to_json())
@@ -262,7 +267,7 @@ def _run_gate(given: dict[str, Any], kept: Callable[[gating.Recording], object])
             recording.save(out / gating.SAMPLES)
 
     device = next((d.transport for d in limits.devices if d.name == given["device"]), given["device"])
-    with terminal.progress() as say, remote.open_board(device or None) as board:
+    with terminal.progress() as say, remote.open_board(device or None, say=say) as board:
         return gating.run(found, limits, board, seed=given["seed"], progress=say, keep=keep)
 
 
@@ -363,14 +368,24 @@ def history(file: Path, model: str | None, metric: str | None, html: Path | None
 
 @contextlib.contextmanager
 def as_bundle(
-    subject: str, target: str, target_options: tuple[str, ...], seed: int, say: Callable[[str], None]
+    subject: str,
+    target: str,
+    target_options: tuple[str, ...],
+    seed: int,
+    say: Callable[[str], None],
+    device: str | None = None,
 ) -> Iterator[Bundle]:
     """The bundle that ``subject`` is, or one built from it that lives as long as the context."""
-    from edgecompile import bundle, cli, driver
+    from edgecompile import bundle, cli, driver, remote
 
     if bundle.is_bundle(subject):
         yield bundle.Bundle.open(subject)
         return
+    if device and device.startswith(remote.RPC):
+        raise InputError(
+            f"{subject} is not a bundle", f"{device} runs what was built for the CPU there",
+            f"edgecompile build {subject} --target tvm --device {device}",
+        )  # fmt: skip
     options = driver.Options(
         target=target, bench=False, seed=seed, target_options=dict(cli.pair(o) for o in target_options)
     )

@@ -80,6 +80,7 @@ _SECONDS: _Units = {
     "µs": Decimal("1e-6"),
     "ms": Decimal("1e-3"),
     "s": Decimal(1),
+    "m": Decimal(60),
     "min": Decimal(60),
     "h": Decimal(3600),
 }
@@ -207,6 +208,20 @@ def seconds(value: Any, where: str) -> float:
     """As :func:`duration`, or a number of seconds."""
     number = _number(value)
     return duration(value, where) if number is None else _within(number, value, where, '"60s" or 60')
+
+
+def time_box(value: Any, where: str) -> float:
+    """Seconds of ``"10m"``, ``"90s"`` or a number of seconds; 0 is one, too.
+
+    Raises:
+        InputError: it is something else.
+    """
+    number = _number(value)
+    if number is None:
+        number = float(_quantity(value, where, "a duration", _SECONDS, '"10m"'))
+    if not 0 <= number < math.inf:
+        raise _wrong(value, where, "a duration", '"10m"')
+    return number
 
 
 def size(value: Any, where: str) -> int:

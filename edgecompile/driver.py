@@ -27,6 +27,7 @@ from edgecompile import (
     oracle,
     qdq,
     registry,
+    remote,
     report,
     stats,
 )
@@ -72,6 +73,7 @@ class Options:
         before: passes that the source has been through, where it is a bundle.
         prune: share of the measured latency that pruning is to leave, None for no such pruning.
         prune_params: the same of the parameters.
+        device: board to build for, and to compare and measure on, see :func:`edgecompile.remote.open_target`.
     """
 
     target: str = "ort"
@@ -92,6 +94,7 @@ class Options:
     before: str = ""
     prune: float | None = None
     prune_params: float | None = None
+    device: str = ""
 
 
 def pipeline_spec(options: Options) -> str:
@@ -189,11 +192,12 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
     say = progress or (lambda _: None)
     if out.is_dir() and any(out.iterdir()) and not bundle.is_bundle(out):
         raise InputError(f"{out} holds something that is not a bundle", "it would be replaced", "choose another -o")
-    try:
-        return _build(source, out, options, say)
-    except _Slower as slower:
-        say(f"{slower.why}: building fp32 instead")
-        return _build(source, out, replace(options, precision="fp32"), say, slower)
+    with remote.open_target(options.target, options.device, say) as target:
+        try:
+            return _build(source, out, options, say, target)
+        except _Slower as slower:
+            say(f"{slower.why}: building fp32 instead")
+            return _build(source, out, replace(options, precision="fp32"), say, target, slower)
 
 
 class _Slower(Exception):
@@ -211,9 +215,13 @@ class _Slower(Exception):
 
 
 def _build(
-    source: Source, out: Path, options: Options, say: Callable[[str], None], instead_of: _Slower | None = None
+    source: Source,
+    out: Path,
+    options: Options,
+    say: Callable[[str], None],
+    target: Target,
+    instead_of: _Slower | None = None,
 ) -> Bundle:
-    target = registry.target(options.target)
     target.check(options.target_options)
     spec = pipeline_spec(options)
     pipeline = _pipeline(options)
@@ -226,7 +234,11 @@ def _build(
     with new_folder(out) as folder, tempfile.TemporaryDirectory(prefix="edgecompile-") as scratch:
         data = _calibration(source, pipeline, options, Path(scratch) / "calibration", say)
         timer = None
-        if any(p.name == "prune" for p in pipeline.passes) and target.missing() is None and not options.prepare:
+        if (
+            any(p.name == "prune" for p in pipeline.passes)
+            and target.missing() is None
+            and not (options.prepare or options.device)
+        ):
             timer = _Timer(target, source, options, Path(scratch) / "timed", say)
         with clock("passes"), _scorer(source, pipeline, Path(scratch) / "score", say) as scorer:
             try:
@@ -287,7 +299,7 @@ def _build(
         _require_parity(errors, tolerance, source)
         bundle.write_probe(folder, source.feeds[0], reference[0])
         accuracy = None
-        if options.bench and source.file and "evaluate" in source.file.defines:
+        if options.bench and not options.device and source.file and "evaluate" in source.file.defines:
             say("evaluating")
             with clock("evaluate"):
                 accuracy = frontend.evaluate(
@@ -303,7 +315,7 @@ def _build(
                 layers = engine.layers(source.feeds[0])
                 saved = _saved(target, arms, stages, trace, layers, source.feeds[0])
         warnings = [f"{instead_of.why}; this is fp32 (--force keeps {instead_of.precision})"] if instead_of else []
-        warnings += [text for text in (unchanged, elsewhere) if text]
+        warnings += [text for text in (unchanged, elsewhere, *getattr(target, "notes", ())) if text]
         if data is not None and data.random:
             warnings.append("the ranges come from random numbers, which say nothing about the accuracy on real data")
         slower = _slower(dict(latency), stages, layers, options)
@@ -328,7 +340,7 @@ def _build(
             layers=layers,
             saved=saved,
             engine=engine.manifest,
-            machine=measure.machine(),
+            machine=getattr(target, "machine", measure.machine)(),
             seconds=clock.seconds,
             files=[folder / f for f in (*files, *engine.manifest.files)],
             warnings=warnings,
@@ -522,7 +534,8 @@ def _arms(
 ) -> dict[str, _Arm]:
     """Engines to compare with: the plain export first, then what each pass but the last left."""
     arms = {"plain export": (source.graph, *_lowered(target, source.graph, options, scratch / "plain", say))}
-    for number, (step, graph) in enumerate(stages[:-1]):
+    tuned = bool(options.target_options.get("tune"))  # then the last graph without it shows what tuning is worth
+    for number, (step, graph) in enumerate(stages if tuned else stages[:-1]):
         label = step.spec if step.spec not in arms else f"{step.spec} (pass {number + 1})"
         arms[label] = (graph, *_lowered(target, graph, options, scratch / str(number), say))
     return arms
@@ -536,8 +549,15 @@ def _measure(
     options: Options,
     say: Callable[[str], None],
 ) -> list[tuple[str, measure.Samples]]:
-    """Time all arms, interleaved."""
+    """Time all arms, interleaved; on a board, where there is one, whose clock only the target can read."""
     feeds: Outputs = source.feeds[0]
+    if options.device:
+        board: Any = target
+        return list(
+            board.measured(
+                arms, feeds, options.seconds / len(arms), options.seed, lambda done: say(f"measuring, {done:.0%}")
+            ).items()
+        )
     order = random.Random(options.seed)
 
     @contextlib.contextmanager
@@ -592,7 +612,7 @@ class _Timer:
         place = self._folder / str(self._built)
         place.mkdir(parents=True)
         self._built += 1
-        return self._target.build(graph, place, self._options.target_options), place
+        return self._target.build(graph, place, _untuned(self._options)), place
 
     def __call__(self, graphs: Sequence[Graph], seconds: float, sessions: int) -> list[measure.Samples]:
         """See :class:`edgecompile.pipeline.Measure`; inputs that the model does not have are random."""
@@ -625,13 +645,18 @@ class _Timer:
         return list(samples.values())
 
 
+def _untuned(options: Options) -> dict[str, Any]:
+    """Options of the target without a search for faster kernels, which only the engine that is kept is worth."""
+    return {name: value for name, value in options.target_options.items() if name != "tune"}
+
+
 def _lowered(
     target: Target, graph: Graph, options: Options, folder: Path, say: Callable[[str], None]
 ) -> tuple[Path, EngineManifest]:
     """Lower a graph that is only to be compared with."""
     say("building an engine to compare with")
     folder.mkdir()
-    engine = target.build(graph, folder, options.target_options, say)
+    engine = target.build(graph, folder, _untuned(options), say)
     graph.save(folder / bundle.MODEL)
     engine.close()
     return folder, engine.manifest

@@ -35,15 +35,16 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from edgecompile import board_runner, conditions, measure
+from edgecompile import board_runner, conditions, measure, registry
 from edgecompile.board_runner import LIGHT, LINE_LIMIT, PAYLOAD_LIMIT, Footprint, Plan
 from edgecompile.bundle import MODEL, PROBE, Bundle
 from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError
 from edgecompile.fingerprint import Fingerprint
 from edgecompile.measure import Samples
-from edgecompile.target import Capability
+from edgecompile.target import Capability, Target
 
 SSH_OPTIONS = "EDGECOMPILE_SSH_OPTIONS"
+RPC = "rpc://"
 _PIECE = 4 << 20  # of a file, sent at once
 _ANSWER_SECONDS = 900.0  # longer than any single request takes; a lost connection is noticed by ssh itself
 _START_SECONDS = 60.0
@@ -176,9 +177,11 @@ class Place(ABC):
 
     Attributes:
         device: URL of the board, ``""`` for this machine.
+        notes: what a reader of figures from there should know.
     """
 
     device: str
+    notes: tuple[str, ...] = ()
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -268,18 +271,58 @@ class Place(ABC):
         self.close()
 
 
-def open_board(device: str | None, options: Sequence[str] = ()) -> Place:
+def open_board(device: str | None, options: Sequence[str] = (), say: Callable[[str], object] | None = None) -> Place:
     """The place to measure at, a context manager: a board by its URL, or this machine.
 
     Args:
-        device: ``ssh://...``, see :meth:`Device.parse`; None for this machine.
+        device: ``ssh://...``, see :meth:`Device.parse`, or ``rpc://...`` for boards of the target ``tvm``, see
+            :mod:`edgecompile.targets.tvm.rpc`; None for this machine.
         options: more options for ssh, before those of the environment variable.
+        say: told what is waited for.
 
     Raises:
         InputError: ``device`` is malformed.
         EnvironmentMissing: there is no ssh, the board does not answer or refuses, or lacks Python or numpy.
     """
-    return LocalBoard() if device is None else Board(Device.parse(device), options)
+    if device is None:
+        return LocalBoard()
+    if device.startswith(RPC):
+        from edgecompile.targets.tvm import rpc
+
+        return rpc.RpcBoards(rpc.Address.parse(device), say)
+    return Board(Device.parse(device), options)
+
+
+@contextlib.contextmanager
+def open_target(name: str, device: str, say: Callable[[str], object]) -> Iterator[Target]:
+    """A target that builds for this machine, or for a board and runs its engines there.
+
+    Args:
+        name: of the target.
+        device: ``rpc://...``; ``""`` for this machine.
+        say: told what is waited for.
+
+    Raises:
+        InputError: the target cannot build for the device.
+    """
+    if not device:
+        yield registry.target(name)
+        return
+    if not device.startswith(RPC):
+        raise InputError(
+            f"nothing can be built for {device}", "a board behind ssh only measures",
+            "build with --prepare and finish on the board; or build for its CPU and bench with --device",
+        )  # fmt: skip
+    if name != "tvm":
+        raise InputError(f"{device} does not go with target {name}", "TVM's RPC runs the libraries of TVM",
+                         "give --target tvm")  # fmt: skip
+    from edgecompile.targets.tvm import rpc
+
+    farm = rpc.Farm(rpc.Address.parse(device), say)
+    try:
+        yield rpc.RpcTarget(farm)
+    finally:
+        farm.close()
 
 
 # -- this machine ------------------------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ def test_what_is_not_in_the_file_format_is_refused(tmp_path, case):
         ("max_regression", '"5 percent"', "is not a fraction"),
         ("max_regression", "1979-05-27", "is not a fraction"),
         ("alpha", "0.5", "it must be above zero and below 0.5"),
-        ("time_limit", '"60"', 'is not a duration; fix: write it like "4ms" (units: ns, us, µs, ms, s, min, h)'),
+        ("time_limit", '"60"', 'is not a duration; fix: write it like "4ms" (units: ns, us, µs, ms, s, m, min, h)'),
         ("time_limit", '"60 sec"', "is not a duration"),
         ("time_limit", '"60S"', "is not a duration"),
         ("time_limit", "0", "is out of range"),

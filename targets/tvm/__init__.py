@@ -13,6 +13,7 @@ import json
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
@@ -22,7 +23,7 @@ from edgecompile.errors import EnvironmentMissing, InputError, missing_extra
 from edgecompile.files import write_atomic
 from edgecompile.graph import Graph, named
 from edgecompile.target import Capability, Engine, EngineManifest, Target
-from edgecompile.targets.tvm import lower
+from edgecompile.targets.tvm import lower, tune
 from edgecompile.targets.tvm import options as tvm_options
 from edgecompile.targets.tvm.engine import TvmEngine
 
@@ -56,12 +57,20 @@ class TvmTarget(Target):
         chosen = tvm_options.parse(options)
         tvm_options.require_linker(chosen)
         source = named(graph)
-        kernels = lower.build(source, chosen, folder / ENGINE, say)
-        write_atomic(folder / KERNELS, [json.dumps(kernels, indent=0).encode()])
         recorded = {name: options.get(name, default) for name, (default, _) in self.options.items()}
         versions = {package: version(package) for package in ("apache-tvm", "apache-tvm-ffi")}
         manifest = EngineManifest(self.name, (ENGINE, KERNELS), versions, tvm_options.device(chosen), recorded)
-        return TvmEngine(manifest, chosen, folder / ENGINE, source, kernels)
+
+        def opened(path: Path, kernels: Sequence[Mapping]) -> TvmEngine:
+            return TvmEngine(manifest, chosen, path, source, kernels)
+
+        if chosen.tune is None and not chosen.tuning:
+            kernels = lower.build(source, chosen, folder / ENGINE, say)
+        else:
+            kernels, files = tune.build(source, chosen, folder / ENGINE, opened, say)
+            manifest = replace(manifest, files=(*manifest.files, *files))
+        write_atomic(folder / KERNELS, [json.dumps(kernels, indent=0).encode()])
+        return opened(folder / ENGINE, kernels)
 
     def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
         """See :meth:`edgecompile.target.Target.load`; the library is not touched before it is known to fit."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edgecompile.errors import EdgecompileError, InputError
+from edgecompile.functions import DOMAIN
 from edgecompile.graph import Graph, provenance, where
 from edgecompile.targets.tvm import int8, schedules, shift_add
 from edgecompile.targets.tvm.options import Options
@@ -38,7 +39,7 @@ def check(graph: Graph) -> None:
             f"TVM cannot take opset {opset}", f"it is tested with {_OPSETS[0]} to {_OPSETS[-1]}", "export with another"
         )
     known = {*onnx_frontend._get_convert_map(), "If", "Constant"}
-    coded = {(shift_add.DOMAIN, op) for op in shift_add.OPERATORS}
+    coded = {(DOMAIN, op) for op in shift_add.OPERATORS}
     refused = [
         n
         for n in graph.walk()
@@ -59,7 +60,14 @@ def check(graph: Graph) -> None:
             )
 
 
-def build(graph: Graph, chosen: Options, path: Path, say: Callable[[str], None] | None = None) -> list[dict[str, Any]]:
+def build(
+    graph: Graph,
+    chosen: Options,
+    path: Path,
+    say: Callable[[str], None] | None = None,
+    pick: schedules.Pick | None = None,
+    module: Any = None,
+) -> list[dict[str, Any]]:
     """Compile ``graph`` into a shared library.
 
     Args:
@@ -67,9 +75,12 @@ def build(graph: Graph, chosen: Options, path: Path, say: Callable[[str], None] 
         chosen: the options.
         path: the library to write.
         say: told how coded weights are computed.
+        pick: chooses for each kernel that leaves a choice; None: the cost models do.
+        module: what :func:`folded` made of the graph, if it did.
 
     Returns:
-        for each kernel in the order of execution: its symbol and the names of the nodes it stands for.
+        for each kernel in the order of execution: its symbol, the names of the nodes it stands for, and whose choice it
+        is (:attr:`edgecompile.targets.tvm.schedules.Kernel.origin`) if it was chosen.
 
     Raises:
         InputError: TVM refuses a node (named by module path) or fails to compile.
@@ -77,22 +88,45 @@ def build(graph: Graph, chosen: Options, path: Path, say: Callable[[str], None] 
     import tvm
     from tvm import relax
 
+    module = folded(graph, chosen, say) if module is None else module
+    with _compiling(chosen) as target:
+        loops = _loops(module, chosen, pick)
+        grouped = relax.transform.FuseOps()(loops)
+        kernels = _kernels(loops, grouped, graph)
+        fused = _scheduled(relax.transform.FuseTIR()(grouped), chosen)
+        for kernel in kernels if pick else ():
+            attributes = fused[kernel["symbol"]].attrs
+            if schedules.ORIGIN in attributes:
+                kernel["origin"] = int(attributes[schedules.ORIGIN])
+        library = tvm.compile(fused, target=target, relax_pipeline=tvm.transform.Sequential(_finish()))
+        library.export_library(str(path), **_link(chosen))
+    return kernels
+
+
+def folded(graph: Graph, chosen: Options, say: Callable[[str], None] | None = None) -> Any:
+    """The Relax module of a graph in the layout of the schedules: what does not depend on the choice of kernels.
+
+    Args, Raises: as of :func:`build`.
+    """
     check(graph)
     module = _imported(graph, chosen, say)
+    with _compiling(chosen):
+        return _folded(module, chosen)
+
+
+@contextlib.contextmanager
+def _compiling(chosen: Options) -> Iterator[Any]:
+    """TVM's target, and its errors as ours."""
+    import tvm
+
     target = tvm.target.Target(dict(chosen.target))
     try:
         with target, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
-            loops = _loops(module, chosen)
-            grouped = relax.transform.FuseOps()(loops)
-            kernels = _kernels(loops, grouped, graph)
-            fused = _scheduled(relax.transform.FuseTIR()(grouped), chosen)
-            library = tvm.compile(fused, target=target, relax_pipeline=tvm.transform.Sequential(_finish()))
-            library.export_library(str(path), **_link(chosen))
+            yield target
     except Exception as error:  # TVM raises types of many kinds
         fix = "try the option schedules=no, which is slow, or --target ort" if chosen.schedules else "use --target ort"
         raise InputError("TVM cannot compile the graph", _last_line(error), fix) from error
-    return kernels
 
 
 def _imported(graph: Graph, chosen: Options, say: Callable[[str], None] | None):
@@ -111,7 +145,7 @@ def _imported(graph: Graph, chosen: Options, say: Callable[[str], None] | None):
             try:
                 if op_name == "Clip" and (clip := _clip(inputs)) is not None:
                     return self.bb.emit(clip, f"node_{index}")
-                if node.domain == shift_add.DOMAIN:
+                if node.domain == DOMAIN:
                     result, how = shift_add.convert(self.bb, op_name, list(inputs), attrs, chosen)
                     if say is not None:
                         say(f"{where(node)}: {how}")
@@ -145,8 +179,8 @@ def _clip(inputs: Sequence[Any]) -> Any:
     return relax.op.minimum(relax.op.maximum(inputs[0], low), high)
 
 
-def _loops(module, chosen: Options):
-    """Operators as loops."""
+def _folded(module, chosen: Options):
+    """Operators in the layout of the schedules, constants folded."""
     import tvm
     from tvm import relax
 
@@ -158,7 +192,18 @@ def _loops(module, chosen: Options):
         relax.transform.CanonicalizeBindings(),
         relax.transform.FoldConstant(),
         *((tvm.transform.module_pass(lambda m, _: int8.lowered(m, chosen), opt_level=0),) if own else ()),
-        *((relax.transform.LegalizeOps(schedules.legalizations(chosen)),) if own else ()),
+    ]
+    return tvm.transform.Sequential(steps)(module)
+
+
+def _loops(module, chosen: Options, pick: schedules.Pick | None):
+    """Operators as loops."""
+    import tvm
+    from tvm import relax
+
+    own = chosen.schedules and not chosen.cuda
+    steps = [
+        *((relax.transform.LegalizeOps(schedules.legalizations(chosen, pick), list(schedules.LATER)),) if own else ()),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from edgecompile import measure
+from edgecompile import config, measure
 from edgecompile.errors import EnvironmentMissing, InputError, did_you_mean
 from edgecompile.target import read_flag, read_threads
 
@@ -25,6 +25,8 @@ OPTIONS: Mapping[str, tuple[Any, str]] = {
         "what meets coded weights (pass shift_add): float32; int8 rounds each token to 8 bits where that pays",
     ),
     "schedules": (True, "use edgecompile's own schedules; without them every operator gets TVM's default lowering"),
+    "tune": ("", "how long to look for faster kernels, e.g. 10m; 0s only takes what earlier searches found"),
+    "tuning": ("", "folder of a bundle or cache whose tuning records are applied, without looking any further"),
 }
 _ACTIVATIONS = ("float32", "int8")
 THREADS_PER_BLOCK, SHARED_BYTES, WARP = 1024, 48 << 10, 32  # what every CUDA device since sm_50 has
@@ -61,6 +63,8 @@ class Options:
         schedules: whether to use our own schedules.
         winograd: whether convolutions may use Winograd's algorithm.
         integers: whether activations that meet coded weights may be rounded to 8 bits.
+        tune: seconds to look for faster kernels, None: do not look.
+        tuning: the folder whose tuning records are applied, ``""``: none.
     """
 
     threads: int
@@ -70,6 +74,8 @@ class Options:
     schedules: bool
     winograd: bool
     integers: bool
+    tune: float | None = None
+    tuning: str = ""
 
     @property
     def cuda(self) -> str:
@@ -118,7 +124,20 @@ def parse(given: Mapping[str, Any]) -> Options:
     if value["activations"] not in _ACTIVATIONS:
         raise InputError(f"activations={value['activations']} is not known", f"it may be {' or '.join(_ACTIVATIONS)}")
     integers = value["activations"] == "int8"
-    return Options(read_threads(value["threads"]), target, machine, linker, schedules, winograd, integers)
+    tune = config.time_box(value["tune"], "tune") if value["tune"] not in ("", None) else None
+    tuning = str(value["tuning"])
+    if tune is not None and tuning:
+        raise InputError(
+            "tune and tuning cannot both be given", "tuning names records that are to be taken as they are"
+        )
+    if (tune is not None or tuning) and (arch or not schedules):
+        raise InputError(
+            f"{'tune' if tuning == '' else 'tuning'} has nothing to choose from",
+            "what is tuned are edgecompile's own schedules for CPUs",
+            f"leave out {'arch' if arch else 'schedules=no'}",
+        )
+    threads = read_threads(value["threads"])
+    return Options(threads, target, machine, linker, schedules, winograd, integers, tune, tuning)
 
 
 def _cpu(machine: str, triple: str, mcpu: str, mattr: str) -> dict[str, Any]:

@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from edgecompile.targets.tvm.schedules.tile import PREPARE, TILE, Vectors, attributes, choose, padded
+from edgecompile.targets.tvm.schedules import views
+from edgecompile.targets.tvm.schedules.tile import COLUMNS, TILE, TURNED, Vectors, attributes, choose, padded
+from edgecompile.targets.tvm.schedules.views import View, flatten, unflatten
 
 
 def pack(matrix: np.ndarray, columns: int) -> np.ndarray:
@@ -48,8 +50,14 @@ def product(a: Any, packed: Any, n: int, rows: int) -> Any:
     return te.compute((*lead, n), place, name="product")
 
 
-def batched(a: Any, b: Any, rows: int, columns: int) -> Any:
-    """``a [..., m, depth]`` times ``b [..., depth, n]``, of equal or broadcast leading axes, by tiles."""
+def batched(a: Any, b: Any, rows: int, columns: int, turned: bool = False) -> Any:
+    """``a [..., m, depth]`` times ``b [..., depth, n]``, of equal or broadcast leading axes, by tiles.
+
+    Args:
+        a, b: the operands.
+        rows, columns: of a tile.
+        turned: neighbours in memory are those along the depth of ``b``, rather than its columns.
+    """
     from tvm import te, tirx
 
     *lead_a, m, depth = (int(d) for d in a.shape)
@@ -60,10 +68,10 @@ def batched(a: Any, b: Any, rows: int, columns: int) -> Any:
     def pack_at(*index: Any) -> Any:
         *batch, jo, kk, ji = index
         j = jo * columns + ji
-        value = b(*batch, kk, tirx.min(j, n - 1) if n % columns else j)
+        value = b(*batch, kk, j)
         return tirx.if_then_else(j < n, value, tirx.const(0, b.dtype)) if n % columns else value
 
-    packed: Any = te.compute((*lead_b, wide, depth, columns), pack_at, name=f"{PREPARE}_b")
+    packed: Any = te.compute((*lead_b, wide, depth, columns), pack_at, name=TURNED if turned else COLUMNS)
     k = te.reduce_axis((0, depth), "k")
 
     def value(batch: Any, jo: Any, io: Any, ii: Any, ji: Any) -> Any:
@@ -81,23 +89,6 @@ def batched(a: Any, b: Any, rows: int, columns: int) -> Any:
         return tiles[flatten(batch, lead), j // columns, i // rows, i % rows, j % columns]
 
     return te.compute((*lead, m, n), place, name="product")
-
-
-def flatten(index: Sequence[Any], extents: Sequence[int]) -> Any:
-    """The position of an index in memory."""
-    position: Any = 0
-    for i, extent in zip(index, extents, strict=True):
-        position = position * extent + i
-    return position
-
-
-def unflatten(position: Any, extents: Sequence[int]) -> list[Any]:
-    """The index of a position in memory."""
-    index: list[Any] = []
-    for extent in reversed(extents[1:]):
-        index.insert(0, position % extent)
-        position = position // extent
-    return [position, *index] if extents else []
 
 
 def broadcast(index: Sequence[Any], extents: Sequence[int]) -> list[Any]:
@@ -122,6 +113,23 @@ def legalize(bb: Any, call: Any, have: Vectors) -> Any:
         packed = relax.const(pack(constant.value.numpy().reshape(depth, n), shape.columns))
         how = {"primfunc_name_hint": "matmul", "primfunc_attrs": attributes(rows, n)}
         return bb.call_te(product, a, packed, n, shape.rows, **how)
-    shape = choose(m, n, depth, have)
+    left, right = views.behind(bb, a), views.behind(bb, b)
+    axes = len(shapes[0])
+    if left.step(-2) == right.step(-2) == 1 and len(shapes[1]) == axes:
+        # what is in memory is the transpose of both, and so of the product
+        turned = _of_views(bb, right.turned(), left.turned(), have)
+        return relax.op.permute_dims(turned, [*range(axes - 2), axes - 1, axes - 2])
+    return _of_views(bb, left, right, have)
+
+
+def _of_views(bb: Any, left: View, right: View, have: Vectors) -> Any:
+    """The product of two views."""
+    m, depth, n = *left.shape[-2:], right.shape[-1]
+    shape, turned = choose(m, n, depth, have), right.step(-2) == 1 and n > 1
     how = {"primfunc_name_hint": "batch_matmul", "primfunc_attrs": attributes(m, n)}
-    return bb.call_te(batched, a, b, shape.rows, shape.columns, **how)
+    return bb.call_te(
+        lambda x, y: batched(left.of(x), right.of(y), shape.rows, shape.columns, turned),
+        left.source,
+        right.source,
+        **how,
+    )

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 TILE, PREPARE = "register_tile", "prepare_operand"
+COLUMNS, TURNED = f"{PREPARE}_columns", f"{PREPARE}_turned"  # of a matrix [..., column tile, depth, column]
+APART = "pragma_loop_partition_hint"  # lets TVM compile iterations at the edge apart from those within
 _FUSES_WHAT_FOLLOWS, _OPAQUE = 4, 8  # of tvm::relax::OpPatternKind
 _LATENCY = 8  # multiply-adds that must be under way to hide their latency: 4 cycles, two per cycle
 _STORE = 4  # steps that writing one vector of results costs
@@ -181,9 +183,12 @@ def arrange(
     *outer, column = plan.get_loops(plan.get_sblock(names[-1]))
     lines = [outer[-2]] if len(extents) == 6 else []
     head, row = outer[: -1 - len(lines)], outer[-1]
+    uneven = int(plan.get(column).extent) % extents[-1]
     row_tile, row = plan.split(row, [None, extents[-2]])
     column_tile, column = plan.split(column, [None, extents[-1]])
-    tiles = [*lines, row_tile, column_tile] if rows_outside else [column_tile, *lines, row_tile]
+    if uneven and not parallel:
+        plan.annotate(column_tile, APART, True)
+    tiles = [*lines, row_tile, column_tile] if rows_outside or len(extents) == 5 else [column_tile, *lines, row_tile]
     plan.reorder(*head, *tiles, row, column)
     plan.compute_at(tile, tiles[-1], preserve_unit_loops=True)
     plan.set_scope(tile, 0, "local")
@@ -237,7 +242,12 @@ def in_registers(plan: Any, tile: Any, spatial: int, have: Vectors) -> Any:
 def _copy(plan: Any, block: Any, have: Vectors, *, parallel: bool) -> None:
     """Schedule a block that only moves data."""
     *outer, last = plan.get_loops(block)
-    if int(plan.get(last).extent) % have.lanes == 0:
+    name = plan.get(block).name_hint
+    if name in (COLUMNS, TURNED) and not parallel:
+        plan.annotate(outer[-2], APART, True)
+    if name == TURNED:
+        plan.reorder(last, outer.pop())
+    elif int(plan.get(last).extent) % have.lanes == 0:
         plan.vectorize(plan.split(last, [None, have.lanes])[1])
     if parallel and outer:
         plan.parallel(plan.fuse(*outer))

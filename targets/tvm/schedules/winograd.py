@@ -162,7 +162,9 @@ def choose(
         if high * broad % shape.rows == 0 and shape.columns < out + have.lanes
     ]
     cost = {plan: _cost(plan, batch, height, width, inner, out, have) for plan in plans}
-    cheapest = {(plan.m, plan.block): plan for plan in sorted(plans, key=cost.__getitem__, reverse=True)}
+    cheapest: dict[Any, Plan] = {}
+    for plan in sorted(plans, key=cost.__getitem__):
+        cheapest.setdefault((plan.m, plan.block), plan)
     if not plans or (have.choice.size is None and min(cost.values()) > _GAIN * direct):
         return None
     return tile.ranked(list(cheapest.values()), cost.__getitem__, have)

@@ -1,0 +1,891 @@
+"""Boards behind TVM's RPC tracker: build for them, run, measure and tune on them, with nothing of ours installed there.
+
+A tracker knows the boards; each board runs a server that registers under a key, and boards of one key are of one kind.
+Whoever asks the tracker for a key is lent one of them, or waits until one is free. On one machine of the network, and
+then on every board, with ``pip install 'apache-tvm[rpc]==0.27.*' apache-tvm-ffi==0.1.14.post1``::
+
+    python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port 9190
+    python -m tvm.exec.rpc_server --tracker TRACKER:9190 --key pi5 --port 9090
+
+    edgecompile build model.py --target tvm --device rpc://TRACKER:9190/pi5
+    edgecompile bench build/model --device rpc://TRACKER:9190/pi5
+
+**The protocol has no authentication and no encryption.** Whoever reaches a server may run any code and write any file
+as its user; whoever reaches the tracker may be lent every board. Keep both in a network where all are trusted, as an
+unprivileged user, or bind them to ``127.0.0.1`` and come through an ssh tunnel. What boards send back is data only.
+
+A library is compiled here, for the CPU that the board names, and uploaded. TVM's ``time_evaluator`` times each call on
+the board, by the board's wall clock: the network is in no figure. A board that is lost in the middle of some work is
+replaced by another one of its key, where the work starts over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import platform
+import queue
+import random
+import re
+import select
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from edgecompile import board_runner, measure, oracle
+from edgecompile.board_runner import Footprint, Plan
+from edgecompile.bundle import Bundle
+from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError
+from edgecompile.fingerprint import Fingerprint
+from edgecompile.graph import Graph
+from edgecompile.measure import Samples
+from edgecompile.remote import Place, clean
+from edgecompile.target import Capability, Engine, EngineManifest, LayerTime
+from edgecompile.targets.tvm import ENGINE, TvmTarget, runtime
+from edgecompile.targets.tvm import options as tvm_options
+
+PORT = 9190
+_URL = re.compile(r"rpc://([A-Za-z0-9_][A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?/([\w.+-]+)", re.ASCII)
+_FEATURE = re.compile(r'"([\w.-]+)": (?:T\.bool\()?(True|False)')
+_CPU_OPTIONS = ("mtriple", "mcpu", "mattr")
+_ALL_BIG_CORES = 1  # what the runtime's thread pool calls its usual mode
+_CONNECT_SECONDS, _PING_SECONDS, _POLL_SECONDS = 15.0, 10.0, 2.0
+_WAIT_SECONDS = 600.0  # for a busy board
+_LEASE_SECONDS = 7200.0  # after which a server takes the board back from a client that is gone
+_WORK_SECONDS = 900.0  # longer than any work takes; a board without power would be waited for forever
+_LOSSES = 3  # boards that one work may lose: it may be the library that kills them
+_SESSIONS, _LEAST_CALLS = 6, 12
+_NOTE = "timed on the board by TVM's time_evaluator, on the wall clock there: the network is in no figure"
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Address:
+    """A key at a tracker.
+
+    Attributes:
+        host, port: of the tracker.
+        key: that the boards registered under.
+    """
+
+    host: str
+    port: int
+    key: str
+
+    @classmethod
+    def parse(cls, text: str) -> Address:
+        """Read ``rpc://HOST[:PORT]/KEY``; the port is 9190 by default.
+
+        Raises:
+            InputError: it is something else.
+        """
+        match = _URL.fullmatch(text)
+        if not match or int(match[2] or PORT) not in range(1, 65536):
+            raise InputError(
+                f"{text!r} is not a device", "it has the form rpc://TRACKER[:PORT]/KEY", "e.g. rpc://tracker:9190/pi5"
+            )
+        return cls(match[1].strip("[]"), int(match[2] or PORT), match[3])
+
+    def __str__(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"rpc://{host}:{self.port}/{self.key}"
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a board tells about itself.
+
+    Attributes:
+        machine: ``x86_64`` or ``aarch64``; ``""`` where the server has no compiler to ask.
+        cpu: as LLVM calls it.
+        mattr: its features as the option ``mattr``.
+        features: its features as Linux calls them, those that matter here.
+        cpus, cores: processors that are online, and physical cores among them; 0 if it does not tell.
+        governor, board: of the clocks; name in the device tree.
+    """
+
+    machine: str = ""
+    cpu: str = ""
+    mattr: str = ""
+    features: tuple[str, ...] = ()
+    cpus: int = 0
+    cores: int = 0
+    governor: str = ""
+    board: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As :func:`edgecompile.measure.machine` calls them; what cannot be known is left out."""
+        known = {"arch": self.machine, "cpu": self.cpu, "features": list(self.features), "cpus": self.cpus}
+        known |= {"cores": self.cores, "governor": self.governor, "board": self.board}
+        return {name: value for name, value in known.items() if value}
+
+
+@dataclass(frozen=True)
+class Library:
+    """A compiled model and how to call it.
+
+    Attributes:
+        path: the library.
+        inputs: names of the parameters of ``main``, in order.
+        outputs: names of its results.
+        threads: that one operator takes.
+    """
+
+    path: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    threads: int
+
+    @classmethod
+    def of(cls, path: Path, manifest: EngineManifest, graph: Graph) -> Library:
+        """That of an engine."""
+        inputs, outputs = (tuple(str(t.name) for t in tensors) for tensors in (graph.inputs, graph.outputs))
+        return cls(path, inputs, outputs, tvm_options.parse(manifest.options).threads)
+
+
+class _Unreachable(Exception):
+    """No board, or a board that is lost; the text says why."""
+
+
+# -- a board that is lent ----------------------------------------------------------------------------------------------
+
+
+class Link:
+    """A session on one board.
+
+    Attributes:
+        name: address of the board.
+    """
+
+    def __init__(self, name: str, session: Any):
+        self.name, self._session = name, session
+        self._uploaded: set[str] = set()
+        self._threads = 0
+        self._facts: Facts | None = None
+
+    def alive(self) -> bool:
+        """Whether the board answers."""
+        try:
+            _within(_PING_SECONDS, lambda: self._session.get_function("runtime.config_threadpool"))
+        except Exception:  # whatever it is, it is no answer
+            return False
+        return True
+
+    def close(self) -> None:
+        """End the session; also where something that was opened in it is still referred to."""
+        with contextlib.suppress(Exception):  # it may have ended
+            _within(_PING_SECONDS, self._session.get_function("CloseRPCConnection"))
+
+    def facts(self) -> Facts:
+        """What the board tells about itself; it is asked once."""
+        self._facts = self._facts or self._told()
+        return self._facts
+
+    def _told(self) -> Facts:
+        siblings = [
+            self._read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in self._cpus()
+        ]
+        facts = Facts(
+            cpus=len(siblings),
+            cores=len(set(siblings)),
+            governor=self._read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+            board=self._read("/sys/firmware/devicetree/base/model"),
+        )
+        try:
+            triple, cpu = (str(self._session.get_function(f"target.llvm_get_system_{x}")()) for x in ("triple", "cpu"))
+            flags = self._session.get_function("tvm.codegen.llvm.GetHostCPUFeatures")()
+            printed = str(self._session.get_function("ffi.ReprPrint")(flags))
+        except AttributeError:  # there is a runtime only
+            return facts
+        machine = clean(triple).partition("-")[0]
+        names = tvm_options._LLVM_NAMES.get(machine, {})
+        told = {name: value == "True" for name, value in _FEATURE.findall(printed)}
+        # What LLVM does not tell of the CPU at hand, it knows of the CPU by its name.
+        mattr = ",".join(f"{'+' if told[name] else '-'}{name}" for name in names.values() if name in told)
+        made = {"kind": "llvm", "mtriple": f"{machine}-linux-gnu", "mcpu": clean(cpu), "mattr": mattr.split(",")}
+        found: tuple[str, ...] = ()
+        if names:
+            from tvm.target import Target, codegen
+
+            target = Target({k: v for k, v in made.items() if v != [""]})
+            found = tuple(linux for linux, name in names.items() if codegen.target_has_features(name, target))
+        return replace(facts, machine=machine, cpu=clean(cpu), mattr=mattr, features=found)
+
+    def _cpus(self) -> Iterator[int]:
+        for run in filter(None, self._read("/sys/devices/system/cpu/online").split(",")):
+            first, _, last = run.partition("-")
+            yield from range(int(first), int(last or first) + 1)
+
+    def _read(self, path: str) -> str:
+        """A small file of the board's; ``""`` if there is none. The kernel's files claim to be larger than they are."""
+        try:
+            content = bytes(self._session.download(path))
+        except Exception as error:
+            _raise_if_lost(error)
+            return ""
+        return clean(content.partition(b"\0")[0].decode(errors="replace")).strip()
+
+    def open(self, library: Library) -> Any:
+        """A virtual machine of its own on a library, which is uploaded if it is not there; in the right pool."""
+        from tvm import relax
+
+        if library.threads > 1 and self._threads != library.threads:
+            self._session.get_function("runtime.config_threadpool")(_ALL_BIG_CORES, library.threads)
+            self._threads = library.threads
+        return relax.VirtualMachine(self.module(library.path), self._session.cpu())
+
+    def module(self, path: Path) -> Any:
+        """A library, loaded; it is uploaded if it is not there."""
+        name = f"{hashlib.sha256(path.read_bytes()).hexdigest()}.so"
+        if name not in self._uploaded:  # it may be loaded, and to write over a loaded library crashes the server
+            self._session.upload(str(path), name)
+            self._uploaded.add(name)
+        return self._session.load_module(name)
+
+    def tensors(self, values: Sequence[np.ndarray]) -> list[Any]:
+        """Arrays, copied to the board."""
+        import tvm
+
+        return [tvm.runtime.tensor(np.ascontiguousarray(value), self._session.cpu()) for value in values]
+
+    def run(self, library: Library, machine: Any, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name."""
+        machine.set_input("main", *self.tensors([feeds[name] for name in library.inputs]))
+        machine.invoke_stateful("main")
+        result = machine.get_outputs("main")
+        values = list(result) if isinstance(result, tuple) else [result]
+        return {name: value.numpy() for name, value in zip(library.outputs, values, strict=True)}
+
+    def timer(self, library: Library, machine: Any, feeds: Mapping[str, np.ndarray]) -> Callable[[], float]:
+        """Executes the library twice and returns the seconds of the second time, on the board's wall clock."""
+        arguments = self.tensors([feeds[name] for name in library.inputs])
+        machine.save_function("main", "timed", *arguments, include_return=False)
+        once = machine.time_evaluator("timed", self._session.cpu(), number=1, repeat=1)
+        return lambda: float(once().results[0])
+
+    def seconds(self, path: Path, arguments: Sequence[tuple[Sequence[int], str]], repeats: int, least_ms: int) -> float:
+        """Median seconds of ``main`` of a library of plain kernels, see :meth:`RpcRunner.submit`."""
+        rng = np.random.default_rng(0)
+        tensors = self.tensors([_some(rng, tuple(shape), dtype) for shape, dtype in arguments])
+        timed = self.module(path).time_evaluator(
+            "main", self._session.cpu(), number=1, repeat=repeats, min_repeat_ms=least_ms
+        )
+        return float(np.median(timed(*tensors).results))
+
+
+def _some(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """Values of a type, none so small that arithmetic gets slow."""
+    if dtype.startswith(("int", "uint", "bool")):
+        return rng.integers(0, 2 if dtype == "bool" else 100, shape).astype(dtype)
+    return rng.uniform(0.5, 1.5, shape).astype(dtype)
+
+
+def _within(seconds: float, work: Callable[[], _T]) -> _T:
+    """What ``work`` returns or raises; it is left to itself when it takes longer.
+
+    Raises:
+        _Unreachable: it took longer.
+    """
+    answers: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((True, work()))
+        except BaseException as error:
+            answers.put((False, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        done, value = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise _Unreachable(f"it did not answer within {seconds:.0f} s") from None
+    if not done:
+        raise value
+    return value
+
+
+def _raise_if_lost(error: Exception) -> None:
+    """Raise again what is not an error that the board itself reports."""
+    import tvm.error
+
+    if not isinstance(error, tvm.error.RPCError):
+        raise error
+
+
+def _why(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return clean(lines[-1] if lines else type(error).__name__, 300)
+
+
+# -- the boards of a key -----------------------------------------------------------------------------------------------
+
+
+class Farm:
+    """The boards of one key: lends one at a time and goes on with another where that one is lost.
+
+    Args:
+        address: of the tracker, and the key.
+        say: told what is waited for, and what was lost.
+        priority: the tracker serves higher ones first.
+        wait: seconds to wait while all boards are busy.
+    """
+
+    def __init__(
+        self,
+        address: Address,
+        say: Callable[[str], object] | None = None,
+        priority: int = 1,
+        wait: float = _WAIT_SECONDS,
+    ):
+        runtime()
+        self.address, self._say, self._priority, self._wait = address, say or (lambda _: None), priority, wait
+        self.losses: list[str] = []
+        self._link: Link | None = None
+
+    def run(self, work: Callable[[Link], _T], losses: int = _LOSSES) -> _T:
+        """What ``work`` returns on a board; it starts over on another one where a board is lost.
+
+        Args:
+            work: what to do; everything it opens is its own.
+            losses: boards that may be lost on the way.
+
+        Raises:
+            EnvironmentMissing: no board is left, or none became free.
+            InputError: the work fails on the board.
+        """
+        why = ""
+        for _ in range(losses):
+            try:
+                link = self.link()
+            except _Unreachable as error:
+                raise self.none_left(str(error), why) from None
+            try:
+                return _within(_WORK_SECONDS, lambda link=link: work(link))
+            except EdgecompileError:
+                raise
+            except Exception as error:  # TVM raises types of many kinds
+                if not isinstance(error, _Unreachable) and link.alive():
+                    raise InputError(f"TVM cannot do this on {link.name}", _why(error)) from None
+                why = _why(error)
+                self._link = None
+                self.losses.append(f"the board {link.name} was lost ({why}); the work went on on another {self.key}")
+                self._say(self.losses[-1])
+        raise EnvironmentMissing(
+            f"the same work lost {losses} boards of {self.address}",
+            why,
+            "look at the output of their servers: the library may crash them",
+        )
+
+    @property
+    def key(self) -> str:
+        """Of the boards."""
+        return self.address.key
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of figures from these boards should know."""
+        return _NOTE, *self.losses
+
+    def link(self) -> Link:
+        """The board that is lent, or else one that is lent now.
+
+        Raises:
+            _Unreachable: there is none.
+            EnvironmentMissing: the tracker cannot be reached.
+        """
+        if self._link is None:
+            with _Tracker(self.address) as tracker:
+                self._link = tracker.borrow(self._say, self._priority, self._wait)
+        return self._link
+
+    def count(self) -> int:
+        """How many boards have registered.
+
+        Raises:
+            EnvironmentMissing: the tracker cannot be reached.
+        """
+        with _Tracker(self.address) as tracker:
+            return tracker.boards()[0]
+
+    def none_left(self, reason: str, lost: str = "") -> EnvironmentMissing:
+        """The error where there is no board, or none is left."""
+        what = f"no board of {self.address} is left" if lost else f"there is no board at {self.address}"
+        return EnvironmentMissing(
+            what, reason + (f"; the last one was lost: {lost}" if lost else ""),
+            f"start one: python -m tvm.exec.rpc_server --tracker {self.address.host}:{self.address.port} "
+            f"--key {self.key}",
+        )  # fmt: skip
+
+    def close(self) -> None:
+        """Give the board back."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    def facts(self) -> Facts:
+        """What the board tells about itself."""
+        return self.run(lambda link: link.facts())
+
+    def fitted(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Options of the target, made to fit the board: its CPU where none is named, its cores for ``threads=auto``.
+
+        Raises:
+            InputError: a GPU is asked for, or a search for kernels.
+            EnvironmentMissing: the board does not tell its CPU, or lacks something that the options ask for.
+        """
+        if given.get("arch"):
+            raise InputError(
+                f"arch={given['arch']} does not go with {self.address}", "these boards run libraries for their CPU",
+                "leave it out, or build the library on the board",
+            )  # fmt: skip
+        if given.get("tune"):
+            raise InputError(
+                f"--tune does not go with {self.address}",
+                "the search times kernels in the process that runs them, and that would be this machine's",
+                "tune on one of the boards, and name its records here with --option tuning=FOLDER",
+            )
+        facts, options = self.facts(), dict(given)
+        if not any(options.get(name) for name in _CPU_OPTIONS):
+            if not facts.machine:
+                raise EnvironmentMissing(
+                    f"the boards of {self.address} do not tell their CPU", "their servers run TVM without its compiler",
+                    "name it, e.g. --option mtriple=aarch64-linux-gnu --option mcpu=cortex-a78",
+                )  # fmt: skip
+            other = facts.machine != platform.machine()
+            options |= {"mcpu": facts.cpu, "mattr": facts.mattr}
+            options |= {"mtriple": f"{facts.machine}-linux-gnu"} if other else {}
+        if str(options.get("threads", "auto")) == "auto" and facts.cores:
+            options["threads"] = facts.cores
+        self._require(tvm_options.device(tvm_options.parse(options)), facts)
+        return options
+
+    def require_fit(self, manifest: EngineManifest) -> None:
+        """Refuse a library that the board cannot run.
+
+        Raises:
+            EnvironmentMissing: it is one, or it is not known whether it is.
+        """
+        facts = self.facts()
+        if not facts.machine and not any(manifest.options.get(name) for name in _CPU_OPTIONS):
+            raise EnvironmentMissing(
+                "the library was built for this machine",
+                f"the boards of {self.address} do not tell their CPU",
+                f"build it again: edgecompile build model.onnx --target tvm --device {self.address} --option mcpu=...",
+            )
+        self._require(manifest.device, facts)
+
+    def _require(self, device: str, facts: Facts) -> None:
+        have = {facts.machine, *facts.features}
+        if facts.machine and (missing := [part for part in device.split() if part not in have]):
+            raise EnvironmentMissing(
+                f"the boards of {self.address} are of another kind",
+                f"the library needs {', '.join(missing)}, and the CPU there, {facts.cpu}, lacks that",
+                f"build it for them: edgecompile build model.onnx --target tvm --device {self.address}",
+            )
+
+
+class _Tracker:
+    """One connection to a tracker; a context manager."""
+
+    def __init__(self, address: Address):
+        from tvm.rpc import base
+
+        self._address = address
+        try:
+            self._socket = socket.create_connection((address.host, address.port), _CONNECT_SECONDS)
+            self._socket.sendall(struct.pack("<i", base.RPC_TRACKER_MAGIC))
+            if struct.unpack("<i", base.recvall(self._socket, 4))[0] != base.RPC_TRACKER_MAGIC:
+                raise OSError("what answers there is no tracker")
+        except OSError as error:
+            raise EnvironmentMissing(
+                f"no tracker answers at {address.host}:{address.port}", error.strerror or str(error),
+                f"start it there: python -m tvm.exec.rpc_tracker --host 0.0.0.0 --port {address.port}",
+            ) from None  # fmt: skip
+
+    def __enter__(self) -> _Tracker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def _ask(self, *request: Any) -> Any:
+        from tvm.rpc import base
+
+        try:
+            base.sendjson(self._socket, list(request))
+            code, value = base.recvjson(self._socket)
+        except (OSError, ValueError, TypeError) as error:
+            raise EnvironmentMissing(
+                f"the tracker of {self._address} ended", clean(str(error)), "start it anew"
+            ) from None
+        return value if code == base.TrackerCode.SUCCESS else None
+
+    def boards(self) -> tuple[int, int]:
+        """How many boards of the key there are, and how many of them are free."""
+        from tvm.rpc import base
+
+        told = self._ask(base.TrackerCode.SUMMARY) or {}
+        names = [str(entry.get("key")) for entry in told.get("server_info", [])]
+        free = told.get("queue_info", {}).get(self._address.key, {}).get("free", 0)
+        return names.count(f"server:{self._address.key}"), int(free)
+
+    def borrow(self, say: Callable[[str], object], priority: int, wait: float) -> Link:
+        """A board of the key, as soon as one is free.
+
+        Raises:
+            _Unreachable: there is none, or none that is free or answers.
+        """
+        from tvm import rpc
+        from tvm.rpc import base
+
+        deadline, tried = time.monotonic() + wait, ""
+        while time.monotonic() < deadline:
+            there, free = self.boards()
+            if not there:
+                raise _Unreachable(tried or "none has registered under this key")
+            if not free:
+                say(f"all {there} boards of {self._address} are busy, waiting for one")
+            base.sendjson(self._socket, [base.TrackerCode.REQUEST, self._address.key, "", priority])
+            while not select.select([self._socket], [], [], min(_POLL_SECONDS, max(deadline - time.monotonic(), 0)))[0]:
+                if time.monotonic() >= deadline:
+                    raise _Unreachable(f"none became free within {wait:.0f} s")
+                with _Tracker(self._address) as other:
+                    if not other.boards()[0]:
+                        raise _Unreachable("the last one has gone while it was waited for")
+            try:
+                _, (host, port, key) = base.recvjson(self._socket)
+                session = _within(
+                    _CONNECT_SECONDS,
+                    lambda host=host, port=port, key=key: rpc.connect(host, port, key, session_timeout=_LEASE_SECONDS),
+                )
+            except Exception as error:  # a board that has gone and that the tracker still knows
+                tried = f"the board does not answer: {_why(error)}"
+                continue
+            return Link(f"{clean(str(host))}:{port}", session)
+        raise _Unreachable(tried or f"none became free within {wait:.0f} s")
+
+
+# -- engines on boards -------------------------------------------------------------------------------------------------
+
+
+class RpcEngine(Engine):
+    """A library on a board; :attr:`clock` is the board's wall clock, which :meth:`timer` reads."""
+
+    def __init__(self, manifest: EngineManifest, farm: Farm, library: Library, graph: Graph):
+        self.manifest, self.clock, self.threads = manifest, "wall", library.threads
+        self._farm, self._library, self._graph = farm, library, graph
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """See :meth:`edgecompile.target.Engine.run`.
+
+        Raises:
+            InputError: an input is missing, unknown or of the wrong type or shape, or a kernel fails on it.
+            EnvironmentMissing: no board is left.
+        """
+        oracle.check_feeds(self._graph, feeds)
+        return self._farm.run(lambda link: link.run(self._library, link.open(self._library), feeds))
+
+    def call(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        """See :meth:`edgecompile.target.Engine.call`; who times this times the network too: see :meth:`timer`."""
+        return lambda: self.run(feeds)
+
+    def layers(self, feeds: Mapping[str, np.ndarray], repeats: int = 10) -> list[LayerTime]:
+        """None: the virtual machine can be watched from its own process only."""
+        return []
+
+
+class RpcTarget(TvmTarget):
+    """The target ``tvm`` for the boards of a farm."""
+
+    def __init__(self, farm: Farm):
+        self._farm = farm
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the figures should know."""
+        return self._farm.notes
+
+    def machine(self) -> dict[str, Any]:
+        """The board, as :func:`edgecompile.measure.machine` tells of this machine."""
+        return self._farm.facts().as_dict()
+
+    def build(
+        self, graph: Graph, folder: Path, options: Mapping[str, Any], say: Callable[[str], None] | None = None
+    ) -> Engine:
+        """See :meth:`edgecompile.target.Target.build`; for the CPU of the board."""
+        manifest = super().build(graph, folder, self._farm.fitted(options), say).manifest
+        return RpcEngine(manifest, self._farm, Library.of(folder / ENGINE, manifest, graph), graph)
+
+    def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
+        """See :meth:`edgecompile.target.Target.load`."""
+        self._farm.require_fit(manifest)
+        return RpcEngine(manifest, self._farm, Library.of(folder / ENGINE, manifest, graph), graph)
+
+    def measured(
+        self,
+        arms: Mapping[str, tuple[Graph, Path, EngineManifest]],
+        feeds: Mapping[str, np.ndarray],
+        seconds: float,
+        seed: int,
+        progress: Callable[[float], object],
+    ) -> dict[str, Samples]:
+        """Engines, by name, timed interleaved on one board in sessions that open them anew.
+
+        Args:
+            arms: graph, folder and manifest of each.
+            feeds: inputs of all of them.
+            seconds: wall time per arm, over all sessions.
+            seed: of the order.
+            progress: told the share that is done.
+        """
+        libraries = {name: Library.of(place / ENGINE, made, graph) for name, (graph, place, made) in arms.items()}
+        inputs = dict.fromkeys(arms, feeds)
+        runs = []
+        for number in range(_SESSIONS):
+            plan = Plan(seconds / _SESSIONS, min_calls=-(-_LEAST_CALLS // _SESSIONS), seed=seed + number)
+            runs.append(self._farm.run(lambda link, plan=plan: _session(link, libraries, inputs, plan)))
+            progress((number + 1) / _SESSIONS)
+        return {name: measure.joined([run[name] for run in runs]) for name in arms}
+
+
+def _session(
+    link: Link, libraries: Mapping[str, Library], feeds: Mapping[str, Mapping[str, np.ndarray]], plan: Plan
+) -> dict[str, Samples]:
+    """Open every library anew, in random order, and time them interleaved; every timed call follows an untimed one."""
+    spent = [0.0]  # seconds on the board's clock, which stands still while the network is at work
+    calls: dict[str, Callable[[], object]] = {}
+    for name in random.Random(plan.seed).sample(list(libraries), len(libraries)):
+        library = libraries[name]
+        calls[name] = board_runner._adding(link.timer(library, link.open(library), feeds[name]), spent)
+    samples = measure.interleave(
+        {name: calls[name] for name in libraries},
+        "wall",
+        now=lambda: int(spent[0] * 1e9),
+        seconds=plan.seconds,
+        min_calls=plan.min_calls,
+        block_ms=plan.block_ms,
+        seed=plan.seed,
+    )
+    # The load of this machine says nothing, and that of the board cannot be known.
+    return {n: replace(one, threads=libraries[n].threads, load=(0.0, 0.0)) for n, one in samples.items()}
+
+
+class RpcBoards(Place):
+    """Where bundles of the target ``tvm`` are measured: a board of a key."""
+
+    def __init__(self, address: Address, say: Callable[[str], object] | None = None):
+        self.device, self._farm = str(address), Farm(address, say)
+        self._known: dict[str, tuple[Library, Mapping[str, np.ndarray]]] = {}
+        self._facts = self._farm.facts()  # says at once if there is no board
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader of the figures should know."""
+        return self._farm.notes
+
+    def facts(self) -> dict[str, Any]:
+        """See :class:`edgecompile.remote.Place`; RPC tells of the machine, and of no versions."""
+        return {"device": self.device, "machine": self._facts.as_dict(), "versions": {}}
+
+    def fingerprint(self, versions: Mapping[str, str], engine_options: Mapping[str, Any]) -> Fingerprint:
+        """See :class:`edgecompile.remote.Place`; boards of one key are one kind of device."""
+        machine = self._facts.as_dict() | {"features": " ".join(self._facts.features)}
+        soft = {"governor": machine.pop("governor", "")}
+        hard = {
+            **machine,
+            **{f"versions.{name}": version for name, version in versions.items()},
+            **{f"options.{name}": value for name, value in engine_options.items() if not name.startswith("_")},
+        }
+        return Fingerprint({name: str(value) for name, value in hard.items() if str(value)}, soft)
+
+    def require_locked(self, mode: str | int | None, clocks: bool = True, *, refuse: bool = True) -> tuple[str, ...]:
+        """See :class:`edgecompile.remote.Place`; RPC tells neither power mode nor clocks."""
+        if mode is None and not refuse:
+            return ()
+        raise EnvironmentMissing(
+            f"the clocks of {self.device} cannot be checked", "RPC does not tell power mode and clocks",
+            "measure over ssh://, or leave nvpmodel and jetson_clocks out of the configuration",
+        )  # fmt: skip
+
+    def probe(self) -> list[Capability]:
+        """See :class:`edgecompile.remote.Place`."""
+        return [Capability("tvm runtime", True, detail=f"{self._farm.count()} boards of {self.device}")]
+
+    def add(self, path: str | Path, progress: Callable[[int, int], object] | None = None) -> str:
+        """See :class:`edgecompile.remote.Place`; the library is uploaded when it is opened.
+
+        Raises:
+            InputError: the bundle is of another target.
+            EnvironmentMissing: the board cannot run it.
+        """
+        bundle = Bundle.open(path)
+        if bundle.manifest["target"] != TvmTarget.name:
+            raise InputError(
+                f"{path} cannot be measured at {self.device}",
+                f"it is of the target {bundle.manifest['target']}, and these boards run that of tvm",
+                "build it with --target tvm, or reach the board over ssh://",
+            )
+        manifest = bundle.engine_manifest
+        self._farm.require_fit(manifest)
+        library = Library.of(bundle.path / ENGINE, manifest, bundle.graph())
+        key = hashlib.sha256(library.path.read_bytes()).hexdigest()
+        self._known[key] = library, bundle.probe()[0]
+        return key
+
+    def pair(self, arms: Mapping[str, str], **plan: Any) -> tuple[dict[str, Samples], str]:
+        """See :class:`edgecompile.remote.Place`; what disturbs a board cannot be known over RPC."""
+        made = Plan(**plan)
+        if made.clock not in ("", "wall"):
+            raise InputError(f"{self.device} cannot be measured by {made.clock}", "TVM tells the wall clock there")
+        libraries = {name: self._known[key][0] for name, key in arms.items()}
+        feeds = {name: self._known[key][1] for name, key in arms.items()}
+        return self._farm.run(lambda link: _session(link, libraries, feeds, made)), ""
+
+    def outputs(self, key: str, feeds: Mapping[str, np.ndarray] | None = None) -> dict[str, np.ndarray]:
+        """See :class:`edgecompile.remote.Place`."""
+        library, own = self._known[key]
+        given = own if feeds is None else feeds
+        return self._farm.run(lambda link: link.run(library, link.open(library), given))
+
+    def phases(self, key: str, calls: int = 100) -> dict[str, Any] | None:
+        """None: a library on a CPU has no phases."""
+        return None
+
+    def profile(self, key: str, repeats: int = 10) -> dict[str, Any]:
+        """Raises InputError: the virtual machine can be watched from its own process only."""
+        raise InputError(
+            f"{self.device} does not tell the layers", "TVM's virtual machine reports them to its own process only",
+            "run edgecompile bench --layers on the board",
+        )  # fmt: skip
+
+    def footprint(self, key: str) -> Footprint:
+        """Raises EnvironmentMissing: a server tells neither."""
+        raise EnvironmentMissing("TVM's RPC tells neither memory nor cold start")
+
+    def close(self) -> None:
+        """See :class:`edgecompile.remote.Place`."""
+        self._farm.close()
+
+
+# -- measuring for tuning ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Job:
+    path: Path
+    arguments: Sequence[tuple[Sequence[int], str]]
+    done: Future[float] = field(default_factory=Future)
+    losses: int = 0
+
+
+class RpcRunner:
+    """Times libraries of plain kernels on all boards of a key at once: library in, seconds out; a context manager.
+
+    One thread for each board borrows it and keeps it. What was under way on a board that is lost is done on another;
+    when the last one is lost, all that waits fails.
+
+    Args:
+        address: of the tracker, and the key.
+        repeats: how many figures the median is taken of.
+        least_ms: how long each of these runs, at least.
+        say: told what is waited for, and what was lost.
+
+    Raises:
+        EnvironmentMissing: the tracker cannot be reached, or knows no board of the key.
+    """
+
+    def __init__(
+        self, address: Address, repeats: int = 3, least_ms: int = 20, say: Callable[[str], object] | None = None
+    ):
+        self._address, self._repeats, self._least_ms, self._say = address, repeats, least_ms, say
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._lock, self._failure = threading.Lock(), ""
+        self._given: list[Future[float]] = []
+        self.boards = self._working = Farm(address).count()
+        if not self._working:
+            raise Farm(address).none_left("none has registered under this key")
+        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._working)]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, path: Path, arguments: Sequence[tuple[Sequence[int], str]]) -> Future[float]:
+        """Time ``main`` of a library.
+
+        Args:
+            path: the shared library, for the CPU of the boards.
+            arguments: shape and type of each tensor that ``main`` takes, outputs too; they are filled with numbers.
+
+        Returns:
+            the median of its seconds; or InputError where it fails, EnvironmentMissing where no board is left.
+        """
+        job = _Job(path, arguments)
+        with self._lock:
+            self._given.append(job.done)
+            if self._working:
+                self._jobs.put(job)
+            else:
+                job.done.set_exception(Farm(self._address).none_left(self._failure))
+        return job.done
+
+    def _work(self) -> None:
+        farm = Farm(self._address, self._say)
+        try:
+            while True:
+                farm.link()  # before a job is taken: another thread may have a board for it
+                job = self._jobs.get()
+                if job is None:
+                    return
+                self._do(farm, job)
+        except (_Unreachable, EnvironmentMissing) as error:
+            self._give_up(str(error))
+        finally:
+            farm.close()
+
+    def _do(self, farm: Farm, job: _Job) -> None:
+        try:
+            found = farm.run(lambda link: link.seconds(job.path, job.arguments, self._repeats, self._least_ms), 1)
+        except EnvironmentMissing as error:
+            job.losses += 1
+            if job.losses < _LOSSES:
+                self._jobs.put(job)
+            else:
+                job.done.set_exception(error)
+        except Exception as error:  # also a file that is missing here: the job's affair, not the thread's
+            job.done.set_exception(error)
+        else:
+            job.done.set_result(found)
+
+    def _give_up(self, why: str) -> None:
+        """One thread less; what waits fails with the last one."""
+        with self._lock:
+            self._working -= 1
+            if self._working:
+                return
+            self._failure = why
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    job = self._jobs.get_nowait()
+                    if job is not None:
+                        job.done.set_exception(Farm(self._address).none_left(why))
+
+    def close(self) -> None:
+        """Give the boards back, when what was submitted is done."""
+        wait(self._given)
+        for _ in self._threads:
+            self._jobs.put(None)
+        for thread in self._threads:  # one that waits for a board is left to itself
+            thread.join(_POLL_SECONDS)
+
+    def __enter__(self) -> RpcRunner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
