@@ -10,8 +10,9 @@ to the output's largest value. `whole` lists why groups cannot be cut. Weights a
 the graph before the cut; `measured` is that of the bundle's engine against the same graph in a run of its own, six
 pairs of fresh sessions, thread CPU time.
 
-*accuracy*: MobileNetV2 at 0.85x latency, repaired on 100 of the 500 ImageNet photographs of EDGECOMPILE_DATA and
-judged on the other 400, without training. The drop is in points of top-1.
+*accuracy*: MobileNetV2 at 0.85x latency, without training: scored and repaired on every second of the 500 ImageNet
+photographs of EDGECOMPILE_DATA and judged on the others, which are of other classes; then the other way round. The drop
+is in points of top-1 over all 500, none of which was judged by a network that had seen it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,6 @@ import trained
 TARGET, EXACT = 0.7, "clean,fold_norm,reparam"
 FAMILIES = ("shvit_s1", "efficientvit_m0", "litepose_xs", "damoyolo_ns")
 ACCURACY = 0.85
-CALIBRATED = 100
 VARIANTS = ("score=magnitude,repair=true", "score=activation,repair=true", "score=reconstruction,repair=true")
 
 
@@ -142,13 +142,29 @@ def photographs() -> tuple[np.ndarray, np.ndarray]:
 
 
 def accuracy(variant: str) -> dict[str, Any]:
-    """MobileNetV2 at 0.85x: top-1 before and after."""
+    """MobileNetV2 at 0.85x: top-1 before and after, over both halves of the photographs."""
+    halves = [half(variant, first) for first in (0, 1)]
+    base, found = (float(np.mean([h["top1"][i] for h in halves])) for i in (0, 1))
+    return {
+        "kind": "accuracy",
+        "model": "mobilenetv2_100_224",
+        "variant": variant,
+        "target": ACCURACY,
+        "parameters": float(np.mean([h["parameters"] for h in halves])),
+        "top1": [base, found],
+        "drop": base - found,
+        "halves": halves,
+    }
+
+
+def half(variant: str, first: int) -> dict[str, Any]:
+    """The same, calibrated on every second photograph from one on and judged on the others."""
     from edgecompile import driver, frontend, qdq
     from edgecompile.graph import Graph
 
     images, labels = photographs()
     calibrated = np.zeros(len(labels), bool)
-    calibrated[:: len(labels) // CALIBRATED] = True
+    calibrated[first::2] = True
     options = {"threads": 1}
 
     def top1(graph: Graph) -> float:
@@ -173,16 +189,11 @@ def accuracy(variant: str) -> dict[str, Any]:
         ratio = against(source.graph, made, Path(folder) / "plain", source.feeds[0], options)
         base, found = top1(source.graph), top1(made.graph())
     return {
-        "kind": "accuracy",
-        "model": "mobilenetv2_100_224",
-        "variant": variant,
-        "target": ACCURACY,
         "promised": report["latency"]["value"],
         "measured": ratio,
         "parameters": report["parameters"],
         "snr": [report["unrepaired"], report["snr"]],
         "top1": [base, found],
-        "drop": base - found,
         "calibrated": int(calibrated.sum()),
         "judged": int((~calibrated).sum()),
     }
@@ -195,15 +206,16 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """A table of the rows."""
     lines = ["| kind | what | parameters | promised | measured | result |", "|---|---|---|---|---|---|"]
     for row in rows:
-        measured = row.get("measured")
-        time_ = f"{measured['value']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]" if measured else "-"
+        runs = [r for r in row.get("halves", [row]) if "measured" in r]
+        measured = [r["measured"] for r in runs]
+        time_ = " and ".join(f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]" for m in measured) or "-"
         if row["kind"] == "params":
             result = f"error {row['masked']:.0e}, {len(row['whole'])} of {row['groups']} groups whole"
         elif row["kind"] == "latency":
             result = "holds" if row["held"] and row["agrees"] else "misses"
         else:
             result = f"top-1 {row['top1'][0]:.1f} -> {row['top1'][1]:.1f}"
-        promised = f"{row['promised']:.3f}" if "promised" in row else "-"
+        promised = " and ".join(f"{r['promised']:.3f}" for r in runs) or "-"
         what = row.get("variant") or row["model"]
         lines.append(f"| {row['kind']} | {what} | {row['parameters']:.3f} | {promised} | {time_} | {result} |")
     return "\n".join(lines)

@@ -29,6 +29,7 @@ from edgecompile.errors import InputError
 from edgecompile.graph import Graph
 from edgecompile.measure import Ratio
 from edgecompile.oracle import Feeds, OutputError
+from edgecompile.passes.prune import losses
 from edgecompile.passes.prune import repair as repairs
 from edgecompile.passes.prune import scores as measures
 from edgecompile.passes.prune import widths as search
@@ -39,7 +40,7 @@ from edgecompile.pipeline import ANY_DROP, Context, Drop, Pass, PassResult
 from edgecompile.pruning import PrunedGroup, PrunedPoint, Pruning
 from edgecompile.sensitivity import Memo
 
-_SAMPLES = 128  # of the calibration data
+_SAMPLES = 256  # of the calibration data
 _JUDGED = 4  # samples that the curve's errors are measured on
 _CURVE = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 _BACK = (0.0, 0.25, 0.5, 0.75)  # how far from the target towards the original, where a score is to be kept
@@ -60,7 +61,7 @@ class Prune(Pass):
         skip: globs of group names, weights or module paths that stay whole, separated by commas.
         min_snr: least signal-to-noise ratio of each output in dB; a result below it is rejected.
         max_drop: most that the score of ``evaluate(run)`` may fall; less is cut until it holds.
-        seconds: time for timing layers; those left are estimated.
+        seconds: time for timing layers, of which those left are estimated, and again for measuring losses.
         plan: file that the plan is written to; without params and latency, file of the plan to apply.
     """
 
@@ -145,11 +146,11 @@ class Prune(Pass):
         self, graph: Graph, context: Context, found: Groups, importance: measures.Scores, feeds: Sequence[Feeds]
     ) -> tuple[Callable[[float], _Choice], search.Path, int]:
         """What chooses widths for a share, the path that it chooses from, and the alignment."""
-        weights = measures.weights(graph, found, importance, feeds[:_JUDGED]) if feeds else {}
         if self.params:
             align = self.align or search.ALIGNMENTS[0]
             choices = search.candidates(found, graph, align)
-            way = search.by_parameters(graph, found, importance, choices, weights)
+            lost = self._losses(graph, context, found, importance, choices, feeds)
+            way = search.by_parameters(graph, found, importance, choices, lost)
 
             def by_parameters(share: float) -> _Choice:
                 widths = search.fit_parameters(graph, found, importance, way, share)
@@ -173,7 +174,8 @@ class Prune(Pass):
             )
         if table.estimated:
             context.note(f"{len(table.estimated)} of {len(table.seconds)} layers were not timed: the time ran out")
-        whole = search.path(found, importance, choices, table, weights=weights)
+        lost = self._losses(graph, context, found, importance, choices, feeds)
+        whole = search.path(found, importance, choices, table, losses=lost)
 
         def by_latency(share: float) -> _Choice:
             way, allowed = whole, dict(choices)
@@ -189,9 +191,20 @@ class Prune(Pass):
                     units = found[name].units
                     context.note(f"{name}: cut from {units} to {made.widths[name]} units, undone: it did not pay")
                     allowed[name] = [units]
-                way = search.path(found, importance, allowed, table, weights=weights)
+                way = search.path(found, importance, allowed, table, losses=lost)
 
         return by_latency, whole, align
+
+    def _losses(
+        self, graph: Graph, context: Context, found: Groups, importance: measures.Scores,
+        choices: Mapping[str, Sequence[int]], feeds: Sequence[Feeds],
+    ) -> losses.Losses | None:  # fmt: skip
+        """What the outputs lose by each width; None without data."""
+        if not feeds:
+            return None
+        return losses.measured(
+            graph, found, importance, choices, feeds, merge=self.repair, seconds=self.seconds, progress=context.progress
+        )
 
     def _within_drop(
         self, graph: Graph, context: Context, found: Groups, feeds: Sequence[Feeds], choose: Callable[[float], _Choice]

@@ -108,3 +108,16 @@ def outputs(node: gs.Node, y: np.ndarray) -> np.ndarray:
 def channels(node: gs.Node) -> int:
     """The axis of what a layer computes that its output channels lie on."""
     return -1 if node.op in ("Gemm", "MatMul") else 1
+
+
+def add_bias(graph: Graph, node: gs.Node, change: np.ndarray) -> None:
+    """Add float64 ``[outputs]`` to the bias of a Conv, ConvTranspose or Gemm, which gets one if it has none."""
+    old = graph.constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2].name else None
+    weight = graph.constant(node.inputs[1])
+    assert weight is not None
+    values = (change if old is None else old.astype(np.float64).reshape(-1) + change).astype(weight.dtype)
+    made = graph.new_constant(f"{node.inputs[1].name}_bias", values)
+    if len(node.inputs) > 2:
+        node.inputs[2] = made
+    else:
+        node.inputs.append(made)

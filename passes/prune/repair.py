@@ -5,25 +5,30 @@ In the order of the graph, so that each layer sees what those before it have bec
 *Least squares.* A layer y = W x + b of the original reads x' in the cut graph, the channels that stay, computed by
 layers that were themselves cut and repaired. Its new weights minimise, over the calibration data,
 
-    sum |W' x' + b' - y|^2 + r |W' - W0|^2,                                                                   (1)
+    sum |W' x' + b' - y|^2 + r sum_j d_j |W'_j - W0_j|^2,                                                      (1)
 
-W0 being the weights as the cut left them: what went with the channels that are gone is predicted from those that
-stayed. With H = sum x'x'^T and C = sum (y - W0 x') x'^T, bias included as a constant 1, the solution is
-W' = W0 + C (H + rI)^-1. Both sums are streamed, so memory does not grow with the data. The error at W' is at most that
-at W0, since W0 attains the value of the error alone in (1). r is a share of the mean of the diagonal of H: of some
-values that which, solved for on three samples in four, leaves least error on the fourth. Where none leaves less than
-W0, the layer counts as one that cannot be solved for.
+W0 being the weights as the cut left them and d_j the variance of column j: what went with the channels that are gone is
+predicted from those that stayed. With H = sum x'x'^T and C = sum (y - W0 x') x'^T, bias included as a constant 1 that
+is not damped, the solution is W' = W0 + C (H + R)^-1. Both sums are streamed, so memory does not grow with the data.
+The error at W' is at most that at W0, since W0 attains the value of the error alone in (1). r is, of some values, that
+which, solved for on three samples in four, leaves least error on the fourth. Where none leaves less than W0, the layer
+counts as one that cannot be solved for.
 
-*Bias.* A layer of another form (depthwise, grouped, transposed), or one that saw too few rows to be solved for, keeps
-its weights; its bias takes the difference of the means.
+*Residuals.* Where y is only read by an addition, it is the sum that is to be as it was: the layer also makes up for
+what the other summand lost before it, once that is settled (:class:`Aim`).
+
+*Bias.* A layer of another form (grouped, transposed), or one that saw too few rows to be solved for, keeps its weights;
+its bias takes the difference of the means.
 
 *BatchNormalization*, where one is still there, gets the statistics with which its result has the mean and variance
 that it had: those of what it now reads, where the original's were those of what it read.
 
-What is repaired is kept if the outputs on the calibration data are closer to the original's for it.
+Layers that read all their channels are left alone: solving for them, too, follows the calibration data more closely and
+other data less. What is repaired is kept if the outputs on the calibration data are closer to the original's for it.
 
-Sources: He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, section 3.1, for the
-reconstruction; Nagel et al., "Data-Free Quantization", ICCV 2019, section 4.2, for the correction of means.
+Sources: He et al., "Channel Pruning for Accelerating Very Deep Neural Networks", ICCV 2017, sections 3.1 and 3.3, for
+the reconstruction and that of residual branches; Nagel et al., "Data-Free Quantization", ICCV 2019, section 4.2, for
+the correction of means.
 """
 
 from __future__ import annotations
@@ -42,9 +47,10 @@ from . import consumers
 from .dependency import Groups, Keep
 from .rules import key
 
-DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # r in (1), over the mean of the diagonal of H
+DAMPINGS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # r in (1)
 _HELD_OUT = 4  # every so manieth sample judges r
 _PLACES = 64  # positions of one sample
+_NORM = "BatchNormalization"
 _ENOUGH = 2  # rows per column below which a layer is not solved for
 
 
@@ -88,21 +94,23 @@ def repair(
         found: the groups.
         keep: what was cut.
         feeds: calibration data.
-        dampings: values of r to choose from, as shares of the mean of the diagonal of H.
+        dampings: values of r to choose from.
         progress: told what is being done.
     """
     reference = list(map(qdq.kernels(original), feeds))
     before = qdq.snr(reference, map(qdq.kernels(cut), feeds))
     masks = found.kept(original, keep)
     trial = cut.copy()
-    touched = _downstream(original, {node or tensor for tensor, node, _ in masks})
-    work = [n for n in trial.nodes if key(n) in touched and n.op in _REPAIRED]
+    readers = {m.node for name in keep for m in found[name].consumers}
+    moved = _downstream(original, {node or tensor for tensor, node, _ in masks})
+    work = [n for n in trial.nodes if n.op in _REPAIRED and key(n) in (moved if n.op == _NORM else readers)]
     counts = {"solved": 0, "shifted": 0, "norms": 0}
     for number, node in enumerate(work):
         progress(f"repairing layers, {number / len(work):.0%}")
         rank = len(node.outputs[0].shape or ())
         stays = masks.get((key(node), "", consumers.channels(node) % rank)) if rank else None
-        if done := _REPAIRED[node.op](original, trial, node, stays, feeds, dampings):
+        aim = _aim(original, trial, node, {key(n) for n in work[number + 1 :]})
+        if done := _REPAIRED[node.op](original, trial, node, aim, stays, feeds, dampings):
             counts[done] += 1
     after = qdq.snr(reference, map(qdq.kernels(trial), feeds))
     result = Repaired(**counts, before=before, after=after)
@@ -122,6 +130,39 @@ def _downstream(graph: Graph, changed: set[str]) -> set[str]:
     return found
 
 
+@dataclass(frozen=True)
+class Aim:
+    """What a layer's output, plus another tensor of the cut graph, is to be: a tensor of the original.
+
+    Attributes:
+        whole: the tensor of the original.
+        beside: the other tensor, ``""`` for none.
+    """
+
+    whole: str
+    beside: str = ""
+
+
+def _aim(original: Graph, cut: Graph, node: gs.Node, pending: set[str]) -> Aim:
+    """A layer that ends a residual branch makes up for what the stream lost before it, unless that is still to change.
+
+    Args:
+        original, cut: the graphs.
+        node: the layer in the cut graph.
+        pending: the layers that are repaired after it, by name.
+    """
+    output, sizes = node.outputs[0], original.tensors()
+    users = [] if any(t is output for t in cut.outputs) else output.outputs
+    others = [t for t in users[0].inputs if t is not output] if len(users) == 1 and users[0].op == "Add" else []
+    if len(others) != 1 or not others[0].inputs or key(others[0].inputs[0]) in _downstream(cut, pending):
+        return Aim(key(node))
+    end, beside = key(users[0]), others[0].name
+    shapes = [sizes[name].shape if name in sizes else None for name in (key(node), beside, end)]
+    if not shapes[0] or any(shape != shapes[0] for shape in shapes):
+        return Aim(key(node))
+    return Aim(end, beside)
+
+
 def _places(count: int, number: int) -> np.ndarray:
     """Positions of the sample of some number, drawn anew for each."""
     if count <= _PLACES:
@@ -130,7 +171,7 @@ def _places(count: int, number: int) -> np.ndarray:
 
 
 def sums(
-    original: Graph, cut: Graph, node: gs.Node, stays: np.ndarray | None, feeds: Sequence[Feeds]
+    original: Graph, cut: Graph, node: gs.Node, aim: Aim, stays: np.ndarray | None, feeds: Sequence[Feeds]
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """H and C of (1) with the constant 1 last among the columns, and how many rows they are sums over.
 
@@ -143,16 +184,18 @@ def sums(
     bias = _bias(cut, node)
     start = np.hstack([matrix, (np.zeros(len(matrix)) if bias is None else bias)[:, None]])
     gram, cross, rows = np.zeros((start.shape[1],) * 2), np.zeros_like(start), 0
-    source, end = node.inputs[0].name, key(node)
-    now = sensitivity.activations(cut, [source], feeds)
-    then = sensitivity.activations(original, [end], feeds)
+    source = node.inputs[0].name
+    now = sensitivity.activations(cut, [source, *filter(None, [aim.beside])], feeds)
+    then = sensitivity.activations(original, [aim.whole], feeds)
     for number, (a, b) in enumerate(zip(now, then, strict=True)):
-        y = consumers.outputs(node, b[end])
+        y = consumers.outputs(node, b[aim.whole])
         chosen = _places(len(y), number)
         x = consumers.rows(node, a[source], chosen)
         x = np.hstack([x, np.ones((len(x), 1))])
         wanted = y[chosen].astype(np.float64)
         wanted = wanted if stays is None else wanted[:, stays]
+        if aim.beside:
+            wanted = wanted - consumers.outputs(node, a[aim.beside])[chosen]
         gram += x.T @ x
         cross += (wanted - x @ start.T).T @ x
         rows += len(x)
@@ -163,6 +206,7 @@ def _solve(
     original: Graph,
     cut: Graph,
     node: gs.Node,
+    aim: Aim,
     stays: np.ndarray | None,
     feeds: Sequence[Feeds],
     dampings: Sequence[float],
@@ -170,33 +214,36 @@ def _solve(
     layer = consumers.linear(cut, node)
     biased = node.op != "MatMul"
     if layer is None or (biased and len(node.inputs) > 2 and _bias(cut, node) is None):
-        return _shift(original, cut, node, stays, feeds, dampings) if biased else ""
+        return _shift(original, cut, node, aim, stays, feeds, dampings) if biased else ""
     judged = feeds[_HELD_OUT - 1 :: _HELD_OUT]
     fitted = [one for i, one in enumerate(feeds) if i % _HELD_OUT != _HELD_OUT - 1]
     size = -1 if not biased else None
     folds = []
     for part in (fitted, judged) if judged else (fitted,):
-        gram, cross, rows = sums(original, cut, node, stays, part)
+        gram, cross, rows = sums(original, cut, node, aim, stays, part)
         folds.append((gram[:size, :size], cross[:, :size], rows))
-    change = choose(folds, dampings)
+    change = choose(folds, dampings, biased)
     if change is None:
-        return _shift(original, cut, node, stays, feeds, dampings) if biased else ""
+        return _shift(original, cut, node, aim, stays, feeds, dampings) if biased else ""
     weight = cut.constant(node.inputs[1])
     assert weight is not None
     columns = weight.size // len(change)
     values = consumers.unmatrix(node, consumers.matrix(node, weight) + change[:, :columns], weight)
     node.inputs[1] = cut.new_constant(node.inputs[1].name, values)
     if biased:
-        _set_bias(cut, node, change[:, -1])
+        consumers.add_bias(cut, node, change[:, -1])
     return "solved"
 
 
-def choose(folds: Sequence[tuple[np.ndarray, np.ndarray, int]], dampings: Sequence[float]) -> np.ndarray | None:
+def choose(
+    folds: Sequence[tuple[np.ndarray, np.ndarray, int]], dampings: Sequence[float], biased: bool = True
+) -> np.ndarray | None:
     """The change of the weights that solves (1) for the value of r that the last fold finds best.
 
     Args:
         folds: H, C and rows of the samples to solve for, and of those to judge by; the latter may be missing.
         dampings: values of r to choose from.
+        biased: the last column is the constant 1.
 
     Returns:
         float64 ``[outputs, columns]``; None where no value leaves less error than no change, or the rows are too few.
@@ -208,15 +255,25 @@ def choose(folds: Sequence[tuple[np.ndarray, np.ndarray, int]], dampings: Sequen
     (first, toward, _), (judge, wanted, _) = folds[0], folds[-1]
     added = []
     for damping in dampings:
-        change = step(first, toward, damping)
+        change = step(first, toward, damping, biased)
         added.append(float(((change @ judge) * change).sum() - 2 * (change * wanted).sum()))
-    return step(gram, cross, dampings[int(np.argmin(added))]) if min(added) < 0 else None
+    return step(gram, cross, dampings[int(np.argmin(added))], biased) if min(added) < 0 else None
 
 
-def step(gram: np.ndarray, cross: np.ndarray, damping: float) -> np.ndarray:
-    """``C (H + rI)^-1``: the change of the weights that solves (1)."""
-    ridge = damping * np.trace(gram) / len(gram)
-    return np.linalg.solve(gram + max(ridge, 1e-12) * np.eye(len(gram)), cross.T).T
+def step(gram: np.ndarray, cross: np.ndarray, damping: float, biased: bool = True) -> np.ndarray:
+    """``C (H + R)^-1``: the change of the weights that solves (1).
+
+    Args:
+        gram, cross: H and C.
+        damping: R over the variance of each column.
+        biased: the last column is the constant 1, which is not damped; otherwise R is over the columns' squares.
+    """
+    ridge = np.diagonal(gram).copy()
+    if biased:
+        ridge -= gram[-1] ** 2 / gram[-1, -1]
+    ridge = damping * np.maximum(ridge, 0.0) + 1e-9 * max(float(ridge.mean()), 1e-12)
+    ridge[-1] *= not biased
+    return np.linalg.solve(gram + np.diag(ridge), cross.T).T
 
 
 def _bias(graph: Graph, node: gs.Node) -> np.ndarray | None:
@@ -231,22 +288,11 @@ def _bias(graph: Graph, node: gs.Node) -> np.ndarray | None:
     return np.broadcast_to(values.astype(np.float64).reshape(-1), (outputs,)) if values.ndim <= 1 else None
 
 
-def _set_bias(graph: Graph, node: gs.Node, change: np.ndarray) -> None:
-    old = graph.constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2].name else None
-    weight = graph.constant(node.inputs[1])
-    assert weight is not None
-    values = (change if old is None else old.astype(np.float64).reshape(-1) + change).astype(weight.dtype)
-    made = graph.new_constant(f"{node.inputs[1].name}_bias", values)
-    if len(node.inputs) > 2:
-        node.inputs[2] = made
-    else:
-        node.inputs.append(made)
-
-
 def _shift(
     original: Graph,
     cut: Graph,
     node: gs.Node,
+    aim: Aim,
     stays: np.ndarray | None,
     feeds: Sequence[Feeds],
     dampings: Sequence[float],
@@ -256,12 +302,11 @@ def _shift(
         return ""
     if len(node.inputs) > 2 and node.inputs[2].name and cut.constant(node.inputs[2]) is None:
         return ""
-    end = key(node)
-    now, then = (_moments(g, end, consumers.channels(node), feeds)[0] for g in (cut, original))
+    now, then = (_moments(g, aim.whole, consumers.channels(node), feeds)[0] for g in (cut, original))
     then = then if stays is None else then[stays]
     if then.shape != now.shape:
         return ""
-    _set_bias(cut, node, then - now)
+    consumers.add_bias(cut, node, then - now)
     return "shifted"
 
 
@@ -279,6 +324,7 @@ def _restate(
     original: Graph,
     cut: Graph,
     node: gs.Node,
+    aim: Aim,
     stays: np.ndarray | None,
     feeds: Sequence[Feeds],
     dampings: Sequence[float],
@@ -302,4 +348,4 @@ def _restate(
     return "norms"
 
 
-_REPAIRED = {"Conv": _solve, "ConvTranspose": _shift, "Gemm": _solve, "MatMul": _solve, "BatchNormalization": _restate}
+_REPAIRED = {"Conv": _solve, "ConvTranspose": _shift, "Gemm": _solve, "MatMul": _solve, _NORM: _restate}

@@ -2,7 +2,7 @@
 
 Every score is an energy: it adds up over the members of a group, and over the units that go. Within a group the scores
 have mean 1, so that what a group loses is a share of what it had. How much a share of one group matters against that of
-another is asked of the outputs, where there is data to run (:func:`weights`).
+another is asked of the outputs, where there is data to run (:mod:`.losses`).
 
 *magnitude*: the squared norm of the weights of a unit in every layer that makes or reads it, each over the layer's
 mean: the group norm of DepGraph (Fang et al., CVPR 2023, section 3.3) with the normalisation that makes layers of
@@ -28,10 +28,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
-from edgecompile import qdq, sensitivity
+from edgecompile import sensitivity
 from edgecompile.errors import InputError, missing_extra
 from edgecompile.graph import Graph
 from edgecompile.oracle import Feeds
@@ -43,6 +44,7 @@ from .rules import key
 SCORES = ("magnitude", "activation", "reconstruction", "taylor")
 _PLACES = 256  # positions of one sample that a covariance is taken over
 _RIDGE = 1e-3  # added to a covariance, over the mean of its diagonal
+_PACK = 0.25  # units eliminated, over those left, at which their rows and columns are dropped
 
 Scores = Mapping[str, np.ndarray]
 """Group name -> importance of its units, float64 ``[units]``, mean 1."""
@@ -80,12 +82,12 @@ def activation(graph: Graph, found: Groups, feeds: Iterable[Feeds]) -> Scores:
         InputError: the graph does not run on the data.
     """
     values = _Weights(graph)
-    readers, covariances = _observed(graph, found, feeds, values)
+    seen = observe(graph, found, feeds)
     result = {}
     for group in found.prunable:
         total = np.zeros(group.units)
-        for member, layer in readers[group.name]:
-            variance = np.diagonal(covariances[layer.source])
+        for member, layer in seen.readers[group.name]:
+            variance = np.diagonal(seen.covariances[layer.source])
             energy = _profile(values(member) ** 2, member.axis) * variance
             total += _normal(_per_unit(member, energy))
         result[group.name] = _normal(total) if total.any() else _magnitude(values, group)
@@ -104,13 +106,13 @@ def reconstruction(graph: Graph, found: Groups, feeds: Iterable[Feeds]) -> Score
         InputError: the graph does not run on the data.
     """
     values = _Weights(graph)
-    readers, covariances = _observed(graph, found, feeds, values)
+    seen = observe(graph, found, feeds)
     result = {}
     for group in found.prunable:
         states: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
-        for member, layer in readers[group.name]:
+        for member, layer in seen.readers[group.name]:
             node = values.nodes[member.node]
-            covariance = covariances[layer.source]
+            covariance = seen.covariances[layer.source]
             matrix = consumers.matrix(node, values(member)).reshape(-1, len(covariance), layer.taps)
             matrix = matrix.transpose(0, 2, 1).reshape(-1, len(covariance))
             energy = float(np.einsum("oi,ij,oj->", matrix, covariance, matrix, optimize=True))
@@ -130,37 +132,68 @@ def _eliminated(states: list[tuple[np.ndarray, np.ndarray, np.ndarray]], units: 
         states: per layer M, the weights' W^T W, and the positions of the units; all are changed.
         units: how many there are.
     """
-    left, scores, most = list(range(units)), np.zeros(units), 0.0
+    left, gone, scores, most = list(range(units)), [], np.zeros(units), 0.0
     while left:
         added = np.zeros(len(left))
         for inverse, gram, positions in states:
             for column in positions[left].T:
                 added += np.maximum(gram[column, column], 0) / np.maximum(inverse[column, column], 1e-30)
         unit = left.pop(int(added.argmin()))
+        gone.append(unit)
         most = max(most, float(added.min()))
         scores[unit] = most
         for inverse, gram, positions in states:
             for u in positions[unit]:
                 row = inverse[u] / inverse[u, u]
-                outer = np.outer(gram[:, u], row)
-                gram -= outer + outer.T - gram[u, u] * np.outer(row, row)
+                half = gram[:, u] - gram[u, u] / 2 * row
+                gram -= np.stack([half, row], 1) @ np.stack([row, half])
                 inverse -= np.outer(inverse[:, u], row)
+        if len(gone) > _PACK * len(left):
+            gone, states = [], [_packed(*state, gone) for state in states]
     return _normal(scores)
 
 
-_Readers = dict[str, list[tuple[Member, consumers.Linear]]]
+def _packed(
+    inverse: np.ndarray, gram: np.ndarray, positions: np.ndarray, gone: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A state of the elimination without the rows and columns of units that are gone."""
+    stays = np.ones(len(gram), bool)
+    stays[positions[gone]] = False
+    return inverse[np.ix_(stays, stays)], gram[np.ix_(stays, stays)], np.cumsum(stays)[positions] - 1
 
 
-def _observed(
-    graph: Graph, found: Groups, feeds: Iterable[Feeds], values: _Weights
-) -> tuple[_Readers, dict[str, np.ndarray]]:
-    """By group the plain layers that read it, and the covariance of what they read by tensor, over some positions."""
-    readers: _Readers = {}
+@dataclass(frozen=True)
+class Observed:
+    """What the plain layers that read groups read, on data.
+
+    Attributes:
+        readers: by group, its members that are columns of such layers.
+        means: by tensor that a layer reads, float64 ``[channels]``.
+        covariances: the same, float64 ``[channels, channels]``.
+    """
+
+    readers: Mapping[str, Sequence[tuple[Member, consumers.Linear]]]
+    means: Mapping[str, np.ndarray]
+    covariances: Mapping[str, np.ndarray]
+
+
+def observe(graph: Graph, found: Groups, feeds: Iterable[Feeds]) -> Observed:
+    """Mean and covariance of what plain layers read, over some positions of each sample.
+
+    Args:
+        graph: the graph that was analysed.
+        found: its groups.
+        feeds: data to run.
+
+    Raises:
+        InputError: the graph does not run on the data.
+    """
+    nodes = {key(n): n for n in graph.nodes}
+    readers: dict[str, list[tuple[Member, consumers.Linear]]] = {}
     for group in found.prunable:
-        layers = ((m, consumers.linear(graph, values.nodes[m.node])) for m in group.consumers)
+        layers = ((m, consumers.linear(graph, nodes[m.node])) for m in group.consumers)
         readers[group.name] = [(m, layer) for m, layer in layers if layer is not None and layer.slot == m.input]
-    pairs = [pair for one in readers.values() for pair in one]
-    axes = {layer.source: 1 if values.nodes[m.node].op == "Conv" else -1 for m, layer in pairs}
+    axes = {x.source: 1 if nodes[m.node].op == "Conv" else -1 for one in readers.values() for m, x in one}
     sums: dict[str, tuple[int, np.ndarray, np.ndarray]] = {}
     rng = np.random.default_rng(0)
     for seen in sensitivity.activations(graph, list(axes), list(feeds)) if axes else ():
@@ -171,9 +204,8 @@ def _observed(
             count, first, second = sums.get(name, (0, np.zeros(1), np.zeros(1)))
             sums[name] = count + len(x), first + x.sum(0), second + x.T @ x
     means = {name: first / count for name, (count, first, _) in sums.items()}
-    return readers, {
-        name: second / count - np.outer(means[name], means[name]) for name, (count, _, second) in sums.items()
-    }
+    spread = {n: second / count - np.outer(means[n], means[n]) for n, (count, _, second) in sums.items()}
+    return Observed(readers, means, spread)
 
 
 def taylor(graph: Graph, found: Groups, feeds: Iterable[Feeds], seed: int = 0) -> Scores:
@@ -239,34 +271,6 @@ def compute(kind: str, graph: Graph, found: Groups, feeds: Sequence[Feeds]) -> S
         )  # fmt: skip
     kinds = {"activation": activation, "reconstruction": reconstruction, "taylor": taylor}
     return kinds[kind](graph, found, feeds)
-
-
-def weights(graph: Graph, found: Groups, scores: Scores, feeds: Sequence[Feeds]) -> dict[str, float]:
-    """How much a share of a group's importance matters to the outputs, by group; mean 1.
-
-    Each group alone loses the least important quarter of its units; the weight is the noise of the outputs over their
-    signal, at most 1, over the share of the importance that went.
-
-    Args:
-        graph: the graph that was analysed.
-        found, scores: its groups and their scores.
-        feeds: data to run.
-
-    Raises:
-        InputError: the graph does not run on the data.
-    """
-    reference = list(map(qdq.kernels(graph), feeds))
-    result = {}
-    for group in found.prunable:
-        gone = max(1, group.units // 4)
-        keep = np.sort(np.argsort(scores[group.name], kind="stable")[gone:])
-        cut = graph.copy()
-        found.cut(cut, {group.name: keep})
-        noise = 10 ** (-qdq.snr(reference, map(qdq.kernels(cut), feeds)) / 10)
-        share = 1 - scores[group.name][keep].sum() / scores[group.name].sum()
-        result[group.name] = min(noise, 1.0) / max(share, 1e-6)
-    mean = np.mean(list(result.values()))
-    return {name: max(value / mean, 1e-3) if mean > 0 else 1.0 for name, value in result.items()}
 
 
 def share_kept(scores: Scores, keep: Mapping[str, Sequence[int] | np.ndarray]) -> float:

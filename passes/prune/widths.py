@@ -12,9 +12,10 @@ which is exact for the multiply-accumulates of a dense layer.
 ``align=0`` the table says which: of 8, 16 and 32 the finest whose odd multiples cost, per channel, at most 5 % more
 than the best.
 
-**Choice.** Cutting a group to the share s of its importance costs -log s, times the group's weight. Among the next
-narrower widths of all groups the one that saves most per cost is taken, again and again: the greedy solution of the
-knapsack, and its path is the Pareto front that the report shows. What saves no time by the table is not taken.
+**Choice.** What a width costs is what the outputs lose by it (:mod:`.losses`), or, without data, -log s where the share
+s of a group's importance stays. Among the narrower widths of all groups the one that saves most per cost is taken,
+again and again: the greedy solution of the knapsack, and its path is the Pareto front that the report shows. What saves
+no time by the table is not taken.
 
 **Correction.** The table knows single layers; a runtime fuses them, and moves data between. So the cut graph is
 measured against the original, interleaved, and the goal by the table is moved (regula falsi) until the measured ratio
@@ -43,15 +44,19 @@ from edgecompile.pipeline import Measure
 from edgecompile.sensitivity import Memo
 
 from .dependency import Group, Groups
+from .losses import Losses, of_importance
 from .rules import key
 from .scores import Scores
 
 ALIGNMENTS = (8, 16, 32)
 TOLERANCE = 0.05  # of the latency promised
 _MEASURED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
-_SHARES = (0.75, 0.5, 0.25)  # of a group's units at which layers are timed
+_SHARES = (0.875, 0.75, 0.5, 0.25)  # of a group's units at which layers are timed
+_CLOSE = 0.025  # how far below the target a ratio is near enough
 _LAYER_SECONDS = 0.05  # per arm
 _WASTE = 1.05  # how much more per channel a finer width may cost
+_NEAR = (0.8, 0.4)  # shares of the best step's saving per loss that a smaller step must have; the latter
+_STEP = 0.05  # where a step saves more than this share of the whole
 _ROUNDS = 8  # of corrections
 _PAYS = 0.99  # share of a time above which nothing is saved that a measurement could tell
 
@@ -346,7 +351,7 @@ def path(
     choices: Mapping[str, Sequence[int]],
     costs: Table,
     rest: float = 0.0,
-    weights: Mapping[str, float] = {},
+    losses: Losses | None = None,
 ) -> Path:
     """The greedy path: at each step the cut that saves most per importance lost.
 
@@ -356,10 +361,10 @@ def path(
         choices: widths that each group may have, widest first.
         costs: of the layers: seconds, or another measure in the same form.
         rest: cost of what no cut changes.
-        weights: how much each group matters, 1 for those that are not named.
+        losses: what the outputs lose by each width; by default what the importance says.
     """
     full = {g.name: g.units for g in found.prunable}
-    left = {name: np.cumsum([0.0, *np.sort(scores[name])[::-1]]) / scores[name].sum() for name in full}
+    losses = of_importance(scores) if losses is None else losses
     widths, whole = dict(full), costs.total(full) + rest
     cost, steps, shares = whole, [], []
     best: dict[str, tuple[float, int]] = {}
@@ -367,15 +372,19 @@ def path(
     while True:
         for name in stale:
             best.pop(name, None)
-            now = costs.around(name, widths)
-            for width in (w for w in choices[name] if w < widths[name]):
-                saved = now - costs.around(name, {**widths, name: width})
-                lost = math.log(left[name][widths[name]] / max(left[name][width], 1e-12))
-                if saved > 1e-9 * whole:
-                    lost = max(lost * weights.get(name, 1.0), 1e-9)
-                    best[name] = max(best.get(name, (0.0, 0)), (saved / lost, width))
+            now, lost = costs.around(name, widths), losses[name]
+            saved = {w: now - costs.around(name, {**widths, name: w}) for w in choices[name] if w < widths[name]}
+            rates: dict[int, float] = {}
+            for width in saved:
+                if saved[width] > 1e-9 * whole:
+                    rates[width] = saved[width] / max(float(lost[width] - lost[widths[name]]), 1e-9)
                 if width <= widths[name] // 2:
                     break
+            if rates:
+                # Of steps about as good as the best the smallest, so that the path has no gaps; the rest follows.
+                most = max(rates.values())
+                near = (next(w for w, r in rates.items() if r >= share * most) for share in _NEAR)
+                best[name] = most, min(near, key=lambda w: saved[w] > _STEP * whole)
         if not best:
             return Path(tuple(steps), tuple(shares), full)
         name = max(best, key=lambda n: best[n][0])
@@ -439,7 +448,7 @@ def fit(
         ratio = against(graph, found, keep(scores, states[place]), timer, seconds)
         if best is None or _miss(ratio.value, target) < _miss(best.ratio.value, target):
             best = Chosen(states[place], shares[place], ratio)
-        if target * (1 - TOLERANCE) <= ratio.value <= target * 1.01:
+        if target * (1 - _CLOSE) <= ratio.value <= target * 1.01:
             break
         if ratio.value > target:
             slow = place, ratio.value
@@ -512,7 +521,7 @@ def by_parameters(
     found: Groups,
     scores: Scores,
     choices: Mapping[str, Sequence[int]],
-    weights: Mapping[str, float] = {},
+    losses: Losses | None = None,
 ) -> Path:
     """The greedy path where the cost is the number of parameters, by layers as :class:`Table` counts time."""
     nodes = {key(n): n for n in graph.nodes}
@@ -532,7 +541,7 @@ def by_parameters(
             old = shares.setdefault(m.tensor, {}).get(group.name, [(0, 1.0), (group.units, 1.0)])
             shares[m.tensor][group.name] = [(0, old[0][1] * (1 - gone)), (group.units, 1.0)]
     rest = sum(v.size for v in graph.constants().values() if v.dtype.kind in "fV") - sum(sizes.values())
-    return path(found, scores, choices, Table(sizes, shares), rest, weights)
+    return path(found, scores, choices, Table(sizes, shares), rest, losses)
 
 
 def fit_parameters(graph: Graph, found: Groups, scores: Scores, way: Path, target: float) -> Widths:

@@ -134,11 +134,13 @@ def test_data_is_asked_for_where_it_is_needed(spec: str):
     assert floats(graph) < floats(chain())
 
 
-def test_the_repair_helps_on_data_it_has_not_seen():
+def test_the_repair_helps_on_data_it_has_not_seen(tmp_path: Path):
     plain, repaired = chain(), chain()
     calibration = data(plain, 32)
-    run(plain, "prune{params=0.6,align=1,score=reconstruction}", calibration=calibration)
-    trace = run(repaired, "prune{params=0.6,align=1,score=reconstruction,repair=true}", calibration=calibration)
+    plan = tmp_path / "plan.json"  # without the repair another cut would be chosen
+    chosen = f"prune{{params=0.6,align=1,score=reconstruction,repair=true,plan={plan}}}"
+    trace = run(repaired, chosen, calibration=calibration)
+    run(plain, f"prune{{plan={plan}}}", calibration=calibration)
     assert floats(plain) == floats(repaired)
     assert snr(chain(), repaired) > snr(chain(), plain) + 3
     report = made(trace)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from networks import chain, samples
+from onnx import TensorProto, helper, numpy_helper
 
 from edgecompile import qdq, sensitivity
 from edgecompile.graph import Graph
@@ -56,7 +57,7 @@ def test_a_layer_answers_no_worse_for_any_damping(damping: float, monkeypatch: p
     graph, feeds, keep = chain(seed=3), samples(6), {"a": np.arange(5), "b": np.arange(7, 20)}
     _, cut = cut_of(graph, keep)
     node = layer(cut, "c")
-    gram, cross, rows = repair.sums(graph, cut, node, None, feeds)
+    gram, cross, rows = repair.sums(graph, cut, node, repair.Aim("c"), None, feeds)
     assert rows == 6 * 144
     weight = consumers.matrix(node, node.inputs[1].values)
     start = np.hstack([weight, node.inputs[2].values[:, None]])
@@ -80,27 +81,74 @@ def test_samples_held_out_choose_the_damping():
         y = x @ truth.T + noise * rng.standard_normal((rows, 3))
         return x.T @ x, y.T @ x, rows
 
-    exact = repair.choose([fold(60, 0.0), fold(60, 0.0)], [1e-6, 1.0])
+    exact = repair.choose([fold(60, 0.0), fold(60, 0.0)], [1e-6, 1.0], False)
     assert exact is not None
     np.testing.assert_allclose(exact, truth, atol=1e-4)
     noisy = [fold(40, 30.0), fold(40, 30.0)]
-    chosen = repair.choose(noisy, [1e-6, 10.0])
+    chosen = repair.choose(noisy, [1e-6, 10.0], False)
     assert chosen is not None
-    np.testing.assert_allclose(chosen, repair.step(noisy[0][0] + noisy[1][0], noisy[0][1] + noisy[1][1], 10.0))
+    np.testing.assert_allclose(chosen, repair.step(noisy[0][0] + noisy[1][0], noisy[0][1] + noisy[1][1], 10.0, False))
     gram, cross, rows = fold(60, 0.0)
-    assert repair.choose([(gram, cross, rows), (gram, -cross, rows)], [1e-3, 1e-1]) is None  # helps nobody else
-    assert repair.choose([fold(20, 0.0), fold(20, 0.0)], [1e-6]) is None  # too few rows
+    assert repair.choose([(gram, cross, rows), (gram, -cross, rows)], [1e-3, 1e-1], False) is None  # helps nobody else
+    assert repair.choose([fold(20, 0.0), fold(20, 0.0)], [1e-6], False) is None  # too few rows
 
 
-def test_the_ridge_solution_is_the_closed_form():
+@pytest.mark.parametrize("biased", [True, False])
+def test_the_ridge_solution_is_the_closed_form(biased: bool):
     rng = np.random.default_rng(0)
-    x, y, start = rng.standard_normal((50, 6)), rng.standard_normal((50, 4)), rng.standard_normal((4, 6))
+    x, y, start = 2 + rng.standard_normal((50, 6)), rng.standard_normal((50, 4)), rng.standard_normal((4, 6))
+    if biased:
+        x[:, -1] = 1
     gram, cross = x.T @ x, (y - x @ start.T).T @ x
-    ridge = 0.1 * np.trace(gram) / 6
-    stacked = np.vstack([x, np.sqrt(ridge) * np.eye(6)])
-    wanted = np.vstack([y, np.sqrt(ridge) * start.T])
+    ridge = 0.1 * (50 * x.var(0) if biased else (x**2).sum(0))  # the constant is not damped
+    stacked = np.vstack([x, np.diag(np.sqrt(ridge))])
+    wanted = np.vstack([y, np.sqrt(ridge)[:, None] * start.T])
     expected = np.linalg.lstsq(stacked, wanted, rcond=None)[0].T
-    np.testing.assert_allclose(start + repair.step(gram, cross, 0.1), expected, rtol=1e-9)
+    np.testing.assert_allclose(start + repair.step(gram, cross, 0.1, biased), expected, rtol=1e-6)
+
+
+def residual() -> Graph:
+    """``y = e + d``: a stream ``e`` and a branch that reads it, of two convolutions, ``b`` and ``d``."""
+    rng = np.random.default_rng(0)
+    shapes = {"b.w": (16, 8, 1, 1), "d.w": (8, 16, 1, 1), "p.w": (24, 3, 1, 1), "e.w": (8, 24, 1, 1)}
+    nodes = [
+        helper.make_node("Conv", ["x", "p.w"], ["p"]),
+        helper.make_node("Relu", ["p"], ["pr"]),
+        helper.make_node("Conv", ["pr", "e.w"], ["e"]),
+        helper.make_node("Conv", ["e", "b.w"], ["b"]),
+        helper.make_node("Relu", ["b"], ["br"]),
+        helper.make_node("Conv", ["br", "d.w"], ["d"]),
+        helper.make_node("Add", ["e", "d"], ["y"]),
+    ]
+    for node in nodes:
+        node.name = node.output[0]
+    made = helper.make_graph(
+        nodes, "residual",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 3, 12, 12])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 8, 12, 12])],
+        [numpy_helper.from_array(rng.standard_normal(s).astype(np.float32), n) for n, s in shapes.items()],
+    )  # fmt: skip
+    graph = Graph.from_proto(helper.make_model(made, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
+    graph.infer_shapes(outputs=True)
+    return graph
+
+
+def test_the_end_of_a_branch_makes_up_for_the_stream(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(repair, "_PLACES", 10**6)
+    graph, feeds, keep = residual(), samples(), {"p": np.arange(20), "b": np.arange(12)}
+    found, cut = cut_of(graph, keep)
+    assert repair.repair(graph, cut, found, keep, feeds, dampings=[1e-9]).kept
+    x = seen(cut, "br", feeds).transpose(0, 2, 3, 1).reshape(-1, 12)
+    stream, whole = (seen(g, n, feeds).transpose(0, 2, 3, 1).reshape(-1, 8) for g, n in ((cut, "e"), (graph, "y")))
+    best = np.linalg.lstsq(np.hstack([x, np.ones((len(x), 1))]), whole - stream, rcond=None)[0].T
+    np.testing.assert_allclose(layer(cut, "d").inputs[1].values.reshape(8, 12), best[:, :12], atol=2e-3)
+
+    def aim(name: str, pending: set[str]) -> repair.Aim:
+        return repair._aim(graph, cut, layer(cut, name), pending)
+
+    assert aim("d", set()) == repair.Aim("y", "e")
+    assert aim("d", {"e"}) == repair.Aim("d")  # the other summand is still to change
+    assert aim("e", set()) == repair.Aim("e")  # read by the branch, too
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -131,15 +179,25 @@ def test_what_is_not_better_is_not_kept():
     assert cut.digest() == digest
 
 
-def test_biases_make_up_for_the_mean_where_nothing_is_solved():
-    graph, feeds, keep = chain(), samples(), {"a": np.arange(4)}
+def test_layers_that_read_all_their_channels_are_left_alone():
+    graph, feeds, keep = chain(), samples(), {"a": np.arange(12)}
     found, cut = cut_of(graph, keep)
-    repair.repair(graph, cut, found, keep, feeds)
-    now, then = seen(cut, "d", feeds).mean((0, 2, 3)), seen(graph, "d", feeds).mean((0, 2, 3))
-    np.testing.assert_allclose(now, then, atol=1e-5)
-    assert np.abs(seen(cut, "d", feeds) - seen(graph, "d", feeds)).max() > 1e-3  # only the mean
     _, plain = cut_of(graph, keep)
-    assert np.abs(seen(plain, "d", feeds).mean((0, 2, 3)) - then).max() > 1e-3
+    assert repair.repair(graph, cut, found, keep, feeds).solved == 1
+    for name, value in cut.constants().items():
+        assert name.startswith("b.") or np.array_equal(value, plain.constants()[name]), name
+
+
+def test_biases_make_up_for_the_mean_where_nothing_is_solved(monkeypatch: pytest.MonkeyPatch):
+    graph, feeds, keep = chain(), samples(1), {"b": np.arange(16)}
+    monkeypatch.setattr(repair, "_PLACES", 10)  # fewer than two per column
+    found, cut = cut_of(graph, keep)
+    assert repair.repair(graph, cut, found, keep, feeds).shifted
+    now, then = seen(cut, "c", feeds).mean((0, 2, 3)), seen(graph, "c", feeds).mean((0, 2, 3))
+    np.testing.assert_allclose(now, then, atol=1e-5)
+    assert np.abs(seen(cut, "c", feeds) - seen(graph, "c", feeds)).max() > 1e-3  # only the mean
+    _, plain = cut_of(graph, keep)
+    assert np.abs(seen(plain, "c", feeds).mean((0, 2, 3)) - then).max() > 1e-3
 
 
 def test_norms_give_the_mean_and_variance_that_they_gave():

@@ -110,6 +110,20 @@ def _total(found: np.ndarray, error, first: int) -> float:
     return error([first, second]) / ((found[first] + found[second]) / found.sum())
 
 
+def test_dropping_what_is_eliminated_changes_no_score(monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(0)
+    x, weight = rng.standard_normal((90, 40)), rng.standard_normal((8, 40))
+    units = rng.permutation(40)[:36].reshape(18, 2)  # two positions each, four of another group
+
+    def found() -> np.ndarray:
+        return scores._eliminated([(np.linalg.inv(x.T @ x), weight.T @ weight, units)], 18)
+
+    packed = found()
+    monkeypatch.setattr(scores, "_PACK", 1e9)
+    np.testing.assert_allclose(packed, found(), rtol=1e-9)
+    assert len(set(packed)) > 9
+
+
 def test_taylor_is_the_change_of_the_output_where_that_is_linear():
     pytest.importorskip("torch")
     head = chain().constants()["h.w"].copy()
@@ -152,17 +166,3 @@ def test_the_share_kept_multiplies_over_the_groups():
     given = {"a": np.array([3.0, 1.0]), "b": np.array([1.0, 1.0, 2.0])}
     assert scores.share_kept(given, {"a": [0], "b": [0, 2]}) == pytest.approx(0.75 * 0.75)
     assert scores.share_kept(given, {}) == 1.0
-
-
-def test_the_weight_of_a_group_is_what_the_outputs_lose_by_it():
-    graph, feeds = chain(), samples(4)
-    found = groups(graph)
-    given = scores.magnitude(graph, found)
-    before = scores.weights(graph, found, given, feeds)
-    assert np.mean(list(before.values())) == pytest.approx(1) and min(before.values()) > 0
-    head = graph.constants()["h.w"].copy()
-    least = np.argsort(given["c"])[:4]
-    head[:, least] = 0  # what would go first is not read at all
-    quiet = change(chain(), **{"h.w": head})
-    after = scores.weights(quiet, groups(quiet), given, feeds)
-    assert after["c"] < 0.01 < before["c"]

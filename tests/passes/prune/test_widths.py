@@ -13,7 +13,7 @@ from edgecompile import measure
 from edgecompile.errors import InputError
 from edgecompile.graph import Graph
 from edgecompile.measure import Samples
-from edgecompile.passes.prune import scores, widths
+from edgecompile.passes.prune import losses, scores, widths
 from edgecompile.passes.prune.dependency import groups
 from edgecompile.sensitivity import Memo
 
@@ -150,9 +150,25 @@ def test_a_group_that_matters_more_is_cut_later():
     importance = scores.magnitude(graph, found)
     plain = widths.path(found, importance, choices, table)
     first = plain.steps[0][0]
-    heavy = widths.path(found, importance, choices, table, weights={first: 1e4})
-    assert heavy.steps[0][0] != first
-    assert widths.path(found, importance, choices, table, weights={first: 1.0}) == plain
+    lost = dict(losses.of_importance(importance))
+    assert widths.path(found, importance, choices, table, losses=lost) == plain
+    lost[first] = lost[first] * 1e4
+    assert widths.path(found, importance, choices, table, losses=lost).steps[0][0] != first
+
+
+def test_of_steps_about_as_good_the_path_takes_the_smallest():
+    graph, timer = chain(), Formula()
+    found, choices, table = table_of(graph, timer)
+    importance = scores.magnitude(graph, found)
+    even = {g.name: np.linspace(1.0, 0.0, g.units + 1) for g in found.prunable}  # each unit costs the same
+
+    def jumps(lost) -> list[int]:
+        states = widths.path(found, importance, choices, table, losses=lost).states()
+        return [sum(a.values()) - sum(b.values()) for a, b in itertools.pairwise(states)]
+
+    assert set(jumps(even)) <= {2, 4}
+    steep = {name: np.minimum(values * 100, 1.0) for name, values in even.items()}  # the first unit costs all
+    assert max(jumps(steep)) > 4
 
 
 def test_the_greedy_choice_is_close_to_the_best_of_all():
