@@ -197,8 +197,8 @@ def lower(graph: Graph) -> Graph:
     stored: dict[tuple[int, ...], list[Any]] = {}
     used: set[str] = set()
     for node in list(made.nodes):
-        codes = [made.constant(t) for t in node.inputs[1:]]
-        if node.domain != DOMAIN or node.op not in CODED or any(c is None for c in codes):
+        codes = [c for t in node.inputs[1:] if (c := made.constant(t)) is not None]
+        if node.domain != DOMAIN or node.op not in CODED or len(codes) < len(node.inputs) - 1:
             continue
         x, y = node.inputs[0], node.outputs[0]
         if x.dtype != np.float32 or x.shape is None:
