@@ -609,7 +609,7 @@ def check_random(seed: int) -> int:
             assert np.isfinite(oracle.run(emulated(graph), feed)[name][np.isfinite(want)]).all()
     if kind == "float16":
         oracle.run(graph, feeds[0])
-    # With Casts at no cost and no budget nearly every node is narrow that has no reason not to be; all types are strict.
+    # With Casts at no cost and no budget nearly every node is narrow that has no reason not to be; types are strict.
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("edgecompile.passes.cast._islands", lambda *_: set())
         kept = notes(cast(before, feeds, budget=False, dtype=kind, min_snr=-500.0)).count("kept in float32")
