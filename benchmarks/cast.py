@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="*")
     parser.add_argument("--dtype", choices=BUDGETS, action="append", help="default: all, one after the other")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON file of results; rows that are not measured again are kept")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -111,7 +111,9 @@ def main() -> None:
 
     names = options.names or models.names()
     jobs = [(name, dtype) for dtype in options.dtype or BUDGETS for name in names]
-    rows = common.rows(__file__, jobs, markdown, options.output)
+    known = json.loads(options.output.read_text())["rows"] if options.output and options.output.is_file() else []
+    kept = [r for r in known if (r["model"], r["dtype"]) not in jobs]
+    rows = common.rows(__file__, jobs, markdown, options.output, kept)
     wrong = [f"{r['model']} {r['dtype']}" for r in rows if r["snr_db"] < r["budget_db"] or not r["finite_at_10x"]]
     if wrong:
         raise SystemExit(f"budget missed: {', '.join(wrong)}")

@@ -36,6 +36,7 @@ def rows(
     jobs: Iterable[Sequence[str]],
     table: Callable[[list[dict[str, Any]]], str],
     output: Path | None,
+    kept: Sequence[dict[str, Any]] = (),
     **facts: Any,
 ) -> list[dict[str, Any]]:
     """Run a script once per job, each time in a new process, and print and write each result as soon as it is there.
@@ -45,12 +46,13 @@ def rows(
         jobs: the arguments after ``--one``.
         table: makes a table in Markdown of some rows.
         output: the JSON file of results; None: none is written.
+        kept: rows of earlier runs, which come first.
         facts: what else the file says.
 
     Raises:
         SystemExit: a process failed.
     """
-    found: list[dict[str, Any]] = []
+    found = list(kept)
     for job in jobs:
         done = subprocess.run([sys.executable, script, "--one", *job], stdout=subprocess.PIPE, text=True)
         if done.returncode:
