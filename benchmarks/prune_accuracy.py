@@ -3,16 +3,18 @@
     python benchmarks/prune_accuracy.py --output benchmarks/results/prune_accuracy.json [NAME ...]
 
 Both cut the same network to about the same share of its multiply-accumulates (`macs`, measured on the cut graphs), to
-multiples of 8 channels. `top1` is in percent, without training; `repaired` after the pass's own repair on calibration
-images; `tuned` after a short fine-tune, the same for both: the same training images in the same order, one epoch of SGD
-with momentum, a falling rate and no augmentation, for each of some largest rates, of which the table shows the best.
-Ours is tuned as a TorchGraph of the repaired cut graph, in which norms are folded, torch-pruning's as its module, with
-the running statistics of its norms fixed. `latency` is the ratio to the original of thread CPU time on ONNX Runtime at
-batch 1, all arms interleaved.
+multiples of 8 channels; ours chooses widths as the pass does, with operations in place of times. `top1` is in percent,
+without training. `repaired` is after the pass's own repair on calibration images; torch-pruning, which has none, gets
+the statistics of its norms taken anew on the same images. `tuned` is after a short fine-tune from there, the same for
+both: the same training images in the same order, one epoch of SGD with momentum, a falling rate and no augmentation,
+for each of some largest rates, of which the table shows the best. Ours is tuned as a TorchGraph of the cut graph, in
+which norms are folded, torch-pruning's as its module, with the statistics of its norms fixed. `latency` is the ratio to
+the original of thread CPU time on ONNX Runtime at batch 1, all arms interleaved.
 
 Images are taken evenly from the archives, which are sorted by class. torch-pruning is optional; its rows name the
-reason where it cannot cut a network. It fails on the padded shortcuts of the ResNets unless their residual stream stays
-whole (the stem and every second convolution of a block), so that is what it is given there.
+reason where it cannot cut a network, or does not in a minute. Layers whose cut makes the network fail are kept from it:
+the residual stream of the ResNets, whose shortcuts are padded, and all but the feed-forward layers and the stem of
+RePaViT, whose heads are reshaped.
 """
 
 from __future__ import annotations
@@ -20,13 +22,15 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import itertools
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,8 +45,9 @@ import common
 import trained
 
 NAMES = ("resnet20", "resnet32", "repvgg_cifar", "shvit_cifar", "efficientvit_cifar", "repavit_cifar")
-SCORES = ("magnitude", "activation", "taylor")
-LEAST = 0.25  # of each group stays
+SCORES = ("magnitude", "activation", "reconstruction", "taylor")
+THEIRS = "torch-pruning magnitude"
+PATIENCE = 60  # seconds for one cut by torch-pruning
 ALIGN = 8  # channels: other widths are slower on ONNX Runtime than the originals
 
 
@@ -81,9 +86,13 @@ def exported(module: Any) -> Any:
     return graph
 
 
-def macs(graph: Any) -> int:
-    from edgecompile.stats import node_macs
+def node_macs(graph: Any) -> list[int | None]:
+    from edgecompile import stats
 
+    return stats.node_macs(graph)
+
+
+def macs(graph: Any) -> int:
     return sum(n or 0 for n in node_macs(graph))
 
 
@@ -116,34 +125,34 @@ def tuned(module: Any, train: tuple[np.ndarray, np.ndarray], rate: float, batch:
         schedule.step()
 
 
-def fitted(graph: Any, found: Any, scores: Any, share: float) -> dict[str, np.ndarray]:
-    """Units to keep for a share of the operations: those go first that matter least per operation they cost."""
-    whole = macs(graph)
+def operations(graph: Any, found: Any, choices: dict[str, list[int]]) -> Any:
+    """Multiply-accumulates of each layer by width, as the pass has times of them."""
+    from edgecompile.passes.prune import widths
+    from edgecompile.passes.prune.rules import key
 
-    def cost(keep: dict[str, np.ndarray]) -> int:
+    def each(one: Any) -> dict[str, int]:
+        return dict(zip(map(key, one.nodes), (n or 0 for n in node_macs(one)), strict=True))
+
+    whole = {layer: n for layer, n in each(graph).items() if n}
+    shares: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for group in found.prunable:
+        narrow = choices[group.name][-1]
         cut = graph.copy()
-        found.cut(cut, keep)
-        return macs(cut)
+        found.cut(cut, {group.name: range(narrow)})
+        for layer, n in each(cut).items():
+            if layer in whole and n < whole[layer]:
+                shares.setdefault(layer, {})[group.name] = [(narrow, n / whole[layer]), (group.units, 1.0)]
+    return widths.Table(whole, shares)
 
-    each = {g.name: max(1, whole - cost({g.name: np.arange(g.units - 1)})) for g in found.prunable}
-    worth = {name: values / each[name] for name, values in scores.items()}
 
-    def keep(limit: float) -> dict[str, np.ndarray]:
-        made = {}
-        for name, values in worth.items():
-            least = max(1, round(LEAST * len(values)))
-            count = max(least, int((values >= limit).sum()))
-            if len(values) >= ALIGN:
-                count = min(len(values), max(1, round(count / ALIGN)) * ALIGN)
-            made[name] = np.sort(np.argsort(-values, kind="stable")[:count])
-        return made
+def fitted(graph: Any, found: Any, scores: Any, share: float, feeds: list[dict[str, np.ndarray]]) -> Any:
+    """Units to keep for a share of the operations: as the pass has it, operations in place of times."""
+    from edgecompile.passes.prune import losses, widths
 
-    levels = np.unique(np.concatenate(list(worth.values())))
-    low, high = 0, len(levels) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(keep(levels[middle])) > share * whole else (low, middle)
-    return keep(levels[high])
+    choices = widths.candidates(found, graph, ALIGN)
+    lost = losses.measured(graph, found, scores, choices, feeds, merge=True)
+    way = widths.path(found, scores, choices, operations(graph, found, choices), losses=lost)
+    return widths.keep(scores, way.at(share))
 
 
 def ours(graph: Any, data: dict[str, Any], share: float, kind: str, rates: list[float]) -> tuple[dict[str, Any], Any]:
@@ -153,7 +162,7 @@ def ours(graph: Any, data: dict[str, Any], share: float, kind: str, rates: list[
 
     found = groups(graph)
     feeds = [{"input": x[None]} for x in data["calibration"]]
-    keep = fitted(graph, found, scores.compute(kind, graph, found, feeds), share)
+    keep = fitted(graph, found, scores.compute(kind, graph, found, feeds), share, feeds)
     cut = graph.copy()
     found.cut(cut, keep)
     row: dict[str, Any] = {"macs": macs(cut) / macs(graph), "top1": top1(cut, *data["test"])}
@@ -177,32 +186,70 @@ def theirs(
 
     example = torch.zeros(1, 3, 32, 32)
 
+    def kept(name: str, layer: Any) -> bool:
+        if isinstance(layer, torch.nn.Linear) and layer.out_features == 10:
+            return True
+        kind = type(module).__name__
+        if kind == "ResNet":
+            return name == "conv1" or name.endswith(".conv2")
+        return kind == "RepaDeit" and (".attn" in name or name.endswith(".fc2"))
+
     def cut(ratio: float) -> Any:
         made = copy.deepcopy(module)
-        kept = [m for m in made.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 10]
-        if type(made).__name__ == "ResNet":
-            kept += [m for n, m in made.named_modules() if n == "conv1" or n.endswith(".conv2")]
+        layers = ((n, m) for n, m in made.named_modules() if isinstance(m, torch.nn.Conv2d | torch.nn.Linear))
+        whole = [m for n, m in layers if kept(n, m)]
         importance = tp.importance.MagnitudeImportance(p=2)
-        tp.pruner.MagnitudePruner(
-            made, example, importance=importance, pruning_ratio=ratio, ignored_layers=kept, round_to=ALIGN
-        ).step()
+        with time_limit(PATIENCE):
+            tp.pruner.MagnitudePruner(
+                made, example, importance=importance, pruning_ratio=ratio, ignored_layers=whole, round_to=ALIGN
+            ).step()
         return made
 
-    whole = tp.utils.count_ops_and_params(module, example)[0]
     low, high = 0.0, 0.75
-    for _ in range(6):
+    for _ in range(5):
         middle = (low + high) / 2
-        above = tp.utils.count_ops_and_params(cut(middle), example)[0] > share * whole
+        above = macs(exported(cut(middle))) > share * macs(graph)
         low, high = (middle, high) if above else (low, middle)
     made = cut(high)
     own = exported(made)
     row: dict[str, Any] = {"macs": macs(own) / macs(graph), "top1": top1(own, *data["test"])}
+    restate(made, data["calibration"])
+    row["repaired"] = top1(exported(made), *data["test"])
     row["tuned"] = {}
     for rate in rates:
         again = copy.deepcopy(made).eval()
         tuned(again, data["train"], rate)
         row["tuned"][str(rate)] = top1(exported(again), *data["test"])
     return row, own
+
+
+def restate(module: Any, images: np.ndarray) -> None:
+    """Take the statistics of the norms anew, in place."""
+    import torch
+
+    norms = [m for m in module.modules() if isinstance(m, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+    module.train()
+    with torch.no_grad():
+        module(torch.from_numpy(images))
+    module.eval()
+
+
+@contextmanager
+def time_limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError after some time."""
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"no cut in {seconds} s")
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
 
 
 def latency(graphs: dict[str, Any], sample: np.ndarray, seconds: float) -> dict[str, Any]:
@@ -217,7 +264,8 @@ def latency(graphs: dict[str, Any], sample: np.ndarray, seconds: float) -> dict[
     return {n: measure.ratio(s, taken["original"]).as_dict() for n, s in taken.items() if n != "original"}
 
 
-def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+def run(name: str, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each share."""
     import torch
 
     torch.set_num_threads(1)
@@ -227,66 +275,84 @@ def run(name: str, options: argparse.Namespace) -> dict[str, Any]:
     train = pictures("cifar10_train.npz", options.train, mean, std)
     data = {"test": test, "train": train, "calibration": train[0][:: max(1, len(train[0]) // options.calibration)]}
     graph = exported(module)
-    row: dict[str, Any] = {"network": name, "test": options.test, "train": options.train, "macs": macs(graph),
-                           "top1": top1(graph, *test), "points": []}  # fmt: skip
-    print(f"{name}: {row['top1']:.1f} %", file=sys.stderr, flush=True)
+    facts: dict[str, Any] = {"network": name, "test": options.test, "train": options.train,
+                             "calibration": len(data["calibration"]), "macs": macs(graph),
+                             "top1": top1(graph, *test)}  # fmt: skip
+    print(f"{name}: {facts['top1']:.1f} %", file=sys.stderr, flush=True)
     for share in options.shares:
         makers: dict[str, Callable[[], tuple[dict[str, Any], Any]]] = {
             f"ours {kind}": functools.partial(ours, graph, data, share, kind, options.rates) for kind in options.scores
         }
-        makers["torch-pruning magnitude"] = lambda share=share: theirs(module, graph, data, share, options.rates)
-        point: dict[str, Any] = {"share": share, "arms": {}}
+        makers[THEIRS] = functools.partial(theirs, module, graph, data, share, options.rates)
+        arms: dict[str, dict[str, Any]] = {}
         graphs = {"original": graph}
         for arm, make in makers.items():
             try:
-                point["arms"][arm], graphs[arm] = make()
+                arms[arm], graphs[arm] = make()
             except Exception as error:
-                if arm.startswith("ours"):
+                if arm != THEIRS:
                     raise
-                point["arms"][arm] = {"failed": f"{type(error).__name__}: {str(error).strip()[:200]}"}
-            print(f"  {share} {arm}", point["arms"][arm], file=sys.stderr, flush=True)
+                arms[arm] = {"failed": f"{type(error).__name__}: {str(error).strip()[:200]}"}
+            print(f"  {share} {arm}", arms[arm], file=sys.stderr, flush=True)
         for arm, ratio in latency(graphs, test[0][:1], options.seconds).items():
-            point["arms"][arm]["latency"] = ratio
-        row["points"].append(point)
-    return row
+            arms[arm]["latency"] = ratio
+        yield {**facts, "share": share, "arms": arms}
+
+
+def merged(known: list[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows with one more; what it does not measure again of a row of the same network, share and images is kept."""
+
+    def facts(one: dict[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in one.items() if k != "arms"}
+
+    old = next((one["arms"] for one in known if facts(one) == facts(row)), {})
+    others = [one for one in known if (one["network"], one["share"]) != (row["network"], row["share"])]
+    return [*others, {**row, "arms": old | row["arms"]}]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    lines = ["| network | arm | MACs | latency | top-1 | repaired | tuned |", "|---|---|---|---|---|---|---|"]
+    lines = ["| network | arm | MACs | latency | pruned | repaired | tuned |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        lines.append(f"| {row['network']} | original | 1 | 1 | {row['top1']:.1f} | | |")
-        for point in row["points"]:
-            for arm, own in point["arms"].items():
-                cells = [f"{own['macs']:.2f}" if "macs" in own else own["failed"],
-                         f"{own['latency']['value']:.2f}" if "latency" in own else "",
-                         *(f"{own[k]:.1f}" if k in own else "" for k in ("top1", "repaired")),
-                         f"{max(own['tuned'].values()):.1f}" if "tuned" in own else ""]  # fmt: skip
-                lines.append(f"| {row['network']} | {arm} | " + " | ".join(cells) + " |")
+        best = {k: max(map(functools.partial(score, k), row["arms"].values())) for k in ("top1", "repaired", "tuned")}
+        for number, (arm, own) in enumerate(row["arms"].items()):
+            first = f"{row['network']}, {row['top1']:.1f}" if number == 0 else ""
+            if "failed" in own:
+                lines.append(f"| {first} | {arm} | {own['failed']} | | | | |")
+                continue
+            cells = [f"{own['macs']:.2f}", f"{own['latency']['value']:.2f}"]
+            for kind, most in best.items():
+                value = score(kind, own)
+                cells.append(f"**{value:.1f}**" if value == most else f"{value:.1f}")
+            lines.append(f"| {first} | {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def score(kind: str, arm: dict[str, Any]) -> float:
+    """Top-1 of an arm, of the best rate where it is tuned; 0 where it failed."""
+    return max(arm["tuned"].values(), default=0.0) if kind == "tuned" and "tuned" in arm else arm.get(kind, 0.0)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)} (all)")
-    parser.add_argument("--output", type=Path, help="JSON file of results; rows of other networks in it stay")
+    parser.add_argument("--output", type=Path, help="JSON file of results; what is not measured again is kept")
     parser.add_argument("--shares", nargs="+", type=float, default=[0.7, 0.5], help="of the operations")
     parser.add_argument("--scores", nargs="+", choices=SCORES, default=list(SCORES))
     parser.add_argument("--test", type=int, default=1000, help="test images")
     parser.add_argument("--train", type=int, default=2048, help="training images of the fine-tune")
     parser.add_argument("--calibration", type=int, default=128, help="of the training images")
-    parser.add_argument("--rates", nargs="+", type=float, default=[0.01, 0.002], help="largest learning rates")
+    parser.add_argument("--rates", nargs="+", type=float, default=[0.01, 0.002, 0.0005], help="largest learning rates")
     parser.add_argument("--seconds", type=float, default=2.0, help="per arm of the latency")
     options = parser.parse_args()
     if not trained.DATA.is_dir():
         parser.error(f"{trained.DATA} is not there; set EDGECOMPILE_DATA")
     if unknown := [n for n in options.names if n not in NAMES]:
         parser.error(f"no network {', '.join(unknown)}")
-    for name in options.names or NAMES:
-        row = run(name, options)
+    rows = json.loads(options.output.read_text())["rows"] if options.output and options.output.is_file() else []
+    for row in itertools.chain.from_iterable(run(name, options) for name in options.names or NAMES):
         print(table([row]), flush=True)
+        rows = merged(rows, row)
         if options.output is not None:
-            known = json.loads(options.output.read_text())["rows"] if options.output.is_file() else []
-            rows = [r for r in known if r["network"] != name] + [row]
             document = {"machine": common.machine(), "date": time.strftime("%Y-%m-%d"), "rows": rows}
             options.output.write_text(json.dumps(document, indent=1) + "\n")
     return 0

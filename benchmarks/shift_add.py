@@ -5,11 +5,13 @@ Usage: python benchmarks/shift_add.py [JOB ...] [--seconds 4] [--output FILE]
 Jobs: `call` (one token, 16 x 16: what a call costs), `gemv` (one token, 4096 x 11008), `gemm_196` and `gemm_144`
 (196 x 384 x 1536 and 144 x 448 x 896), `attention_196` and `attention_1024` (one head of 64, queries, keys and values
 given), `block_196` and `block_1024` (the same with the projections before and after, and the shortcut). Each runs in a
-process of its own. Speedups are over the arm `ort float32`: above 1 is faster; the interval in brackets has 95 %
-confidence. Bytes are those of the model file over those of that arm, SNR is that of the output against the body of the
-operator in ONNX Runtime; weights and activations are random. MatMulNBits has weights of its own of four bits, by blocks
-of 32 or 128, and its level 4 rounds activations to 8 bits, as `int8` does here. `ort custom op` is the option
-`custom_ops=yes` of the target `ort`.
+process of its own; rows of FILE that are not measured again are kept. Speedups are over the arm `ort float32`: above 1
+is faster; the interval in brackets has 95 % confidence. Bytes are those of the model file over those of that arm, SNR
+is that of the output against the body of the operator in ONNX Runtime; weights and activations are random. MatMulNBits
+has weights of its own of four bits, by blocks of 32 or 128, and its level 4 rounds activations to 8 bits, as `int8`
+does here. `ort custom op` is the option `custom_ops=yes` of the target `ort`. In a block, `projections alone` is all
+but the attention: no attention can be faster than that while projections are float32. `coded int8` has projections of
+four-bit codes and rounded activations.
 """
 
 from __future__ import annotations
@@ -99,22 +101,35 @@ def product(job: str) -> dict[str, tuple[str, dict[str, str], Any]]:
 
 
 def attention(tokens: int, *, block: bool) -> dict[str, tuple[str, dict[str, str], Any]]:
-    """Arms of attention with one head: softmax, and the angular form with binary queries and keys."""
+    """Arms of attention with one head: softmax, and the angular form with binary queries and keys.
+
+    In a block also with projections of four-bit power-of-two codes, which is what ShiftAddViT trains.
+    """
     import numpy as np
     from onnx import helper
 
     from edgecompile.functions import DOMAIN
+    from edgecompile.passes.shift_add import codes
 
     rng = np.random.default_rng(0)
     shape = [1, tokens, HEAD]
     names = ["x"] if block else ["q", "k", "v"]
     held = {"threshold": np.zeros(1, np.float32), "root": np.float32(HEAD**-0.5).reshape(1)}
-    if block:
-        held |= {n: (rng.standard_normal((HEAD, HEAD)) / 8).astype(np.float32) for n in ("wq", "wk", "wv", "wo")}
+    drawn = [codes.encode((rng.standard_normal((HEAD, HEAD)) / 8).astype(np.float32), "pot", 4) for _ in "qkvo"]
+    for n, one in zip("qkvo", drawn, strict=True):
+        held |= {f"w{n}": np.ascontiguousarray(one.decode().T), f"planes{n}": codes.pack(one.codes, 4)}
+        held |= {f"exponents{n}": one.exponents, "levels": codes.book("pot", 4)}
 
-    def model(angular: bool) -> Any:
+    def model(angular: bool, coded: bool = False) -> Any:
         make = helper.make_node
-        nodes = [make("MatMul", ["x", f"w{n}"], [n]) for n in "qkv"] if block else []
+
+        def projection(x: str, n: str, y: str) -> Any:
+            if not coded:
+                return make("MatMul", [x, f"w{n}"], [y])
+            given = [x, f"planes{n}", f"exponents{n}", "levels"]
+            return make("ShiftLinear", given, [y], domain=DOMAIN, columns=HEAD, group=HEAD)
+
+        nodes = [projection("x", n, n) for n in "qkv"] if block else []
         if angular:
             given = ["q", "k", "v", "threshold", "threshold"]
             nodes += [make("BinaryAngularAttention", given, ["a"], domain=DOMAIN, turn=[0, 2, 1])]
@@ -122,21 +137,35 @@ def attention(tokens: int, *, block: bool) -> dict[str, tuple[str, dict[str, str
             nodes += [make("Transpose", ["k"], ["t"], perm=[0, 2, 1]), make("MatMul", ["q", "t"], ["s"])]
             nodes += [make("Mul", ["s", "root"], ["r"]), make("Softmax", ["r"], ["p"], axis=-1)]
             nodes += [make("MatMul", ["p", "v"], ["a"])]
-        nodes += [make("MatMul", ["a", "wo"], ["z"]), make("Add", ["x", "z"], ["y"])] if block else []
+        nodes += [projection("a", "o", "z"), make("Add", ["x", "z"], ["y"])] if block else []
         if not block:
             nodes[-1].output[0] = "y"
         read = {name for node in nodes for name in node.input}
         weights = {k: v for k, v in held.items() if k in read}
-        functions = ["BinaryAngularAttention"] if angular else []
+        functions = [*(["BinaryAngularAttention"] if angular else []), *(["ShiftLinear"] if coded else [])]
         return graph_of(nodes, weights, dict.fromkeys([*names, "y"], shape), functions)
 
-    return {
+    def projections() -> Any:
+        """As many products and the shortcut, without attention."""
+        path = ["x", *(f"t{i}" for i in range(3)), "z"]
+        nodes = [helper.make_node("MatMul", [a, f"w{n}"], [b]) for a, b, n in zip(path, path[1:], "qkvo", strict=False)]
+        nodes.append(helper.make_node("Add", ["x", "z"], ["y"]))
+        return graph_of(nodes, {f"w{n}": held[f"w{n}"] for n in "qkvo"}, {"x": shape, "y": shape})
+
+    arms: dict[str, tuple[str, dict[str, str], Any]] = {
         BASE: ("ort", {}, model(False)),
         "ort angular": ("ort", BODY, model(True)),
         "ort custom op angular": ("ort", KERNEL, model(True)),
         "tvm angular": ("tvm", {}, model(True)),
         "tvm softmax": ("tvm", {}, model(False)),
     }
+    if block:
+        whole = {"activations": "int8"}
+        arms["ort projections alone"] = ("ort", {}, projections())
+        arms["tvm projections alone"] = ("tvm", {}, projections())
+        arms["ort custom op angular, coded int8"] = ("ort", {**KERNEL, **whole}, model(True, coded=True))
+        arms["tvm angular, coded int8"] = ("tvm", whole, model(True, coded=True))
+    return arms
 
 
 def run_one(job: str, seconds: float) -> dict[str, Any]:
@@ -180,6 +209,8 @@ def run_one(job: str, seconds: float) -> dict[str, Any]:
         "tvm int8": "ort body",
         "tvm angular": "ort angular",
         "tvm softmax": BASE,
+        "ort custom op angular, coded int8": "ort angular",
+        "tvm angular, coded int8": "ort angular",
         "ort body": BASE,
     }
     return {
@@ -221,7 +252,9 @@ def main() -> None:
     from common import rows
 
     jobs = [(job, str(options.seconds)) for job in options.jobs or JOBS]
-    rows(__file__, jobs, table, options.output, threads=1)
+    known = json.loads(options.output.read_text())["rows"] if options.output and options.output.exists() else []
+    kept = [row for row in known if row["job"] not in {job for job, _ in jobs}]
+    rows(__file__, jobs, table, options.output, kept, threads=1)
 
 
 if __name__ == "__main__":

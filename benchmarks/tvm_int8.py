@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-MODELS = ["repvgg_a0", "shvit_s1", "efficientvit_m0", "damoyolo_ns"]
+MODELS = ["repvgg_a0", "shvit_s1", "efficientvit_m0", "damoyolo_t"]
 CALIBRATED, JUDGED = 4, 8  # samples
 
 
@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--rules", default="ort_cpu", choices=["ort_cpu", "tvm"])
     parser.add_argument("--seconds", type=float, default=6)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--output", type=Path, help="JSON file of results; rows that are not measured again are kept")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
@@ -118,9 +118,13 @@ def main() -> None:
         return
     from common import rows
 
-    jobs = [(n, options.rules, str(options.seconds), str(options.threads)) for n in options.names or MODELS]
+    names = options.names or MODELS
+    jobs = [(n, options.rules, str(options.seconds), str(options.threads)) for n in names]
+    earlier = json.loads(options.output.read_text())["rows"] if options.output and options.output.is_file() else []
+    again = [(n, options.rules, options.threads) for n in names]
+    kept = [row for row in earlier if (row["model"], row["rules"], row["threads"]) not in again]
     print("\n".join(table([]).splitlines()))
-    rows(__file__, jobs, table, options.output)
+    rows(__file__, jobs, table, options.output, kept)
 
 
 if __name__ == "__main__":

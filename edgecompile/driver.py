@@ -47,6 +47,9 @@ if TYPE_CHECKING:
 # different kernels sum in different orders; the deepest detectors need the most room. Below fp32 the passes keep
 # budgets of their own, and this only tells an engine that is less precise from one that is wrong.
 TOLERANCE = {"fp32": 1e-4, "fp16": 3e-2, "bf16": 2e-1, "int8": 0.5}
+# Least signal-to-noise ratio in dB of an engine that an option of its target makes an approximation, unless another is
+# given. A layer whose activations are rounded to 8 bits leaves about 40 dB; a hundred in a row, 20.
+APPROXIMATE = 20.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Options:
         calib: calibration data, see :func:`edgecompile.calibration_data.open_data`; else ``calibration_data()`` of the
             model's file.
         preprocess: how images become inputs, for a folder of images.
-        min_snr: least signal-to-noise ratio in dB that the passes of the precision may leave, None for their own.
+        min_snr: least signal-to-noise ratio in dB that the passes of the precision may leave, None for their own; and
+            that an option of the target may leave, None for :data:`APPROXIMATE`.
         max_drop: most that the score of ``evaluate(run)`` may fall by the passes of the precision, None for their own.
         calib_memory: bytes that calibration may take for activations, None for the pass's own.
         force: keep an engine of lower precision even if it is slower than that of the precision it came from.
@@ -296,7 +300,15 @@ def _build(
             except EnvironmentMissing as error:  # compiled for another machine
                 elsewhere = f"the engine was neither compared nor measured: {error.what}"
                 options = replace(options, bench=False)
+        approximated = target.approximates(graph, options.target_options)
+        if all(e.max_rel <= tolerance for e in errors.values()):
+            approximated = ""  # it may, but did not
+        if approximated:
+            tolerance = max(tolerance, TOLERANCE["int8"])
+        budget = None if not approximated else APPROXIMATE if options.min_snr is None else options.min_snr
         _require_parity(errors, tolerance, source)
+        if budget is not None:
+            _require_budget(errors, budget, approximated, source)
         bundle.write_probe(folder, source.feeds[0], reference[0])
         accuracy = None
         if options.bench and not options.device and source.file and "evaluate" in source.file.defines:
@@ -335,6 +347,8 @@ def _build(
             parity=errors,
             left_by=left_by,
             tolerance=tolerance,
+            approximated=approximated,
+            min_snr=budget,
             latency=latency,
             accuracy=accuracy,
             layers=layers,
@@ -518,6 +532,16 @@ def _require_parity(errors: Mapping[str, OutputError], tolerance: float, source:
                 f"the engine of {source.name} is not the same model",
                 f"output {name!r} differs by {error.max_rel:.1e} of its largest value, {tolerance:.0e} is allowed",
                 "find the rewrite at fault with `edgecompile bisect`, or leave a pass out with --passes",
+            )
+
+
+def _require_budget(errors: Mapping[str, OutputError], budget: float, option: str, source: Source) -> None:
+    for name, error in errors.items():
+        if not error.snr_db >= budget:
+            raise ParityError(
+                f"the engine of {source.name} with {option} is not the same model",
+                f"output {name!r} has a signal-to-noise ratio of {error.snr_db:.1f} dB, not {budget:g} dB",
+                f"leave out --option {option}, or allow more with --min-snr",
             )
 
 

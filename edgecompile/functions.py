@@ -23,6 +23,18 @@ _DECODED = 64  # bytes that computing a constant of a local function may take fo
 _OPERATIONS = 64  # scalar operations for each of those
 
 
+def rounded(graph: Graph, options: Mapping[str, Any]) -> str:
+    """``activations=VALUE`` where that option of a target rounds what meets the coded weights of a graph, else ``""``.
+
+    Args:
+        graph: what is built.
+        options: of the target, as text or typed.
+    """
+    given = str(options.get("activations", "float32"))
+    coded = any(domain(node) == DOMAIN and node.op in CODED for node in graph.nodes)
+    return f"activations={given}" if coded and given != "float32" else ""
+
+
 def domain(node: gs.Node) -> str:
     """The domain of a node's operator, ``""`` for that of ONNX."""
     return "" if node.domain in _ONNX else str(node.domain)

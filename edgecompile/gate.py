@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from edgecompile import __version__, documents, history, judge, measure, oracle
+from edgecompile import __version__, documents, history, judge, measure, oracle, registry
 from edgecompile.bundle import MANIFEST, MODEL, Bundle, file_digest
 from edgecompile.config import GateConfig
 from edgecompile.errors import EnvironmentMissing, InputError
@@ -294,7 +294,9 @@ def _facts(contest: Contest, config: GateConfig, board: Any, keys: Mapping[str, 
     feeds, reference = judged_by.probe()
     tolerance = config.parity.tolerance
     if tolerance is None:
-        tolerance = TOLERANCE[str(contest.candidate.manifest["precision"])]
+        made = contest.candidate
+        rounded = registry.target(made.manifest["target"]).approximates(made.graph(), made.engine_manifest.options)
+        tolerance = TOLERANCE["int8" if rounded else str(made.manifest["precision"])]
     errors = oracle.compare_all(reference, board.outputs(keys[CANDIDATE], feeds))
     measured = _measured(contest.candidate) if config.budgets else {}
     measured |= _dla_fallback(contest.candidate)

@@ -504,11 +504,12 @@ def _print_parity(report: Report, screen: Screen) -> None:
     rows = [
         (
             name, error(e.max_abs), error(e.max_rel), error(max(0.0, 1 - e.cosine)), decibels(e.snr_db),
-            "ok" if e.max_rel <= allowed else "FAILED",
+            "ok" if report.parity.allows(e) else "FAILED",
         )
         for name, e in report.parity.outputs.items()
     ]  # fmt: skip
-    title = f"Parity with {report.parity.reference} (max rel {error(allowed)} allowed)"
+    least = "" if report.parity.min_snr is None else f" and {decibels(report.parity.min_snr)}"
+    title = f"Parity with {report.parity.reference} (max rel {error(allowed)}{least} allowed)"
     screen.table(title, ("output", "max abs", "max rel", "1 − cosine", "SNR", "result"), rows)
 
 

@@ -104,17 +104,25 @@ class Parity:
         tolerance: largest ``max_rel`` allowed.
         outputs: error of each output.
         of_source: whether the reference is the model as given, and not what an approximating pass left of it.
+        approximated: the option of the target by which the engine computes another function, ``""`` if none does.
+        min_snr: least ``snr_db`` allowed, None without such an option.
     """
 
     reference: str
     tolerance: float
     outputs: Mapping[str, OutputError]
     of_source: bool = True
+    approximated: str = ""
+    min_snr: float | None = None
+
+    def allows(self, error: OutputError) -> bool:
+        """Whether an output's error is within what is allowed."""
+        return error.max_rel <= self.tolerance and (self.min_snr is None or error.snr_db >= self.min_snr)
 
     @property
     def ok(self) -> bool:
-        """Whether every output is within the tolerance."""
-        return all(e.max_rel <= self.tolerance for e in self.outputs.values())
+        """Whether every output is within what is allowed."""
+        return all(map(self.allows, self.outputs.values()))
 
 
 @dataclass(frozen=True)
@@ -352,6 +360,8 @@ class Report:
         parity: Mapping[str, OutputError],
         left_by: str = "",
         tolerance: float,
+        approximated: str = "",
+        min_snr: float | None = None,
         latency: Sequence[tuple[str, Samples]],
         accuracy: Accuracy | None,
         layers: Iterable[LayerTime],
@@ -375,6 +385,7 @@ class Report:
             parity: the engine against the reference, per output.
             left_by: the passes whose result is the reference; ``""`` if it is the model as given.
             tolerance: largest ``max_rel`` allowed.
+            approximated, min_snr: see :class:`Parity`.
             latency: label and samples of each arm, in the order plain export, after each pass, engine; may be empty.
             accuracy: what the user's ``evaluate(run)`` returned, if it was called.
             layers: of the engine.
@@ -401,7 +412,7 @@ class Report:
             passes=trace.steps,
             parity=Parity(
                 f"the graph after {left_by}" if left_by else reference if source.reference else "the graph as given",
-                tolerance, dict(parity), not left_by,
+                tolerance, dict(parity), not left_by, approximated, min_snr,
             ),
             latency=Latency.of(latency) if latency else None,
             accuracy=accuracy,
@@ -420,7 +431,12 @@ class Report:
         """The result in a few sentences, the most important first."""
         from edgecompile import render_text as text
 
-        lines = [Line("warn", "The build says:", w) for w in self.warnings]
+        lines = []
+        if self.parity.approximated:
+            least = text.decibels(min(e.snr_db for e in self.parity.outputs.values()))
+            option = f"the option {self.parity.approximated}"
+            lines.append(Line("warn", f"Not the same function: {option} left an output of the engine at {least}."))
+        lines += [Line("warn", "The build says:", w) for w in self.warnings]
         if not self.parity.of_source:
             lines += [
                 Line("warn", f"Not the same function: {s.spec} left an output at {text.decibels(worst)}.")
@@ -462,6 +478,9 @@ class Report:
         if not self.parity.ok:
             off = f"off by {text.error(worst.max_rel)} of its largest value"
             return Line("bad", f"Not the same model: an output is {off}, {against}:", name)
+        if self.parity.min_snr is not None:
+            allowed = f"{text.decibels(self.parity.min_snr)} from {self.parity.reference} are allowed"
+            return Line("good", f"The engine keeps the budget of {self.parity.approximated}: {allowed}.")
         same = "The same model" if self.parity.of_source else "The engine computes what the passes left"
         if not worst.max_abs:
             return Line("good", f"{same}: no output differs at all, {against}.")

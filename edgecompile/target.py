@@ -147,6 +147,17 @@ class Target(ABC):
             InputError: an option is unknown or cannot be used.
         """
 
+    def approximates(self, graph: Graph, options: Mapping[str, Any]) -> str:
+        """The option, as ``NAME=VALUE``, by which an engine of ``graph`` may compute another function; ``""``: none.
+
+        Such an engine has a budget like that of an approximating pass; all others may differ by rounding alone.
+
+        Args:
+            graph: what is built.
+            options: of the target, as text or typed.
+        """
+        return ""
+
     def missing(self) -> EnvironmentMissing | None:
         """What keeps this machine from building, for a target that can prepare a build; None for the others."""
         return None

@@ -2,6 +2,13 @@
 
 The energy is that of the arithmetic on a chip that has such units, not of the machine at hand, and without memory,
 which costs more: reading 32 bits from DRAM takes about 640 pJ.
+
+Sources, all of 45 nm. Multiplications and additions: Horowitz, "Computing's Energy Problem", ISSCC 2014, figure 1.1.9,
+at 0.9 V. It has no shift: 0.13 pJ of 32 bits (0.024 pJ of 8) is from You et al., ShiftAddNet, NeurIPS 2020, table 1,
+which repeats Horowitz's figures beside it, and is what the authors compute with in the code of ShiftAddViT
+(``get_unit_energy`` in ``pvt/hw_utils.py``). Their code of ShiftAddLLM takes 0.1 pJ instead, and 0.15 pJ for a shift by
+a sum of two powers, of 16 bits. The shift is thus the figure with the least evidence; it counts once for each weight of
+a power-of-two code, but for binary codes only once for each term of a group's scale.
 """
 
 from __future__ import annotations
@@ -9,8 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-# Picojoules of one operation in 45 nm at 0.9 V. Horowitz, "Computing's Energy Problem", ISSCC 2014, figure 1.1.9; the
-# shift: You et al., ShiftAddNet, NeurIPS 2020, table 1.
+# Picojoules of one operation.
 PICOJOULES: Mapping[str, float] = {
     "float32 multiply": 3.7,
     "float32 add": 0.9,

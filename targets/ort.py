@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from edgecompile import oracle
+from edgecompile import functions, oracle
 from edgecompile.errors import InputError
 from edgecompile.files import write_atomic
 from edgecompile.graph import Graph, Provenance, named, provenance, where
@@ -86,6 +86,10 @@ class OrtTarget(Target):
         if chosen.on_gpu:
             engine.manifest = replace(manifest, options={**manifest.options, **engine.remarks()})
         return engine
+
+    def approximates(self, graph: Graph, options: Mapping[str, Any]) -> str:
+        """See :meth:`edgecompile.target.Target.approximates`."""
+        return functions.rounded(graph, options)
 
     def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
         """See :meth:`edgecompile.target.Target.load`."""

@@ -14,7 +14,6 @@ Sources: as named in these modules.
 
 from __future__ import annotations
 
-import fnmatch
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -26,7 +25,7 @@ import numpy as np
 
 from edgecompile import __version__, qdq, stats
 from edgecompile.errors import InputError
-from edgecompile.graph import Graph
+from edgecompile.graph import Graph, any_matches, globs, provenance
 from edgecompile.measure import Ratio
 from edgecompile.oracle import Feeds, OutputError
 from edgecompile.passes.prune import losses
@@ -35,6 +34,7 @@ from edgecompile.passes.prune import scores as measures
 from edgecompile.passes.prune import widths as search
 from edgecompile.passes.prune.dependency import Group, Groups, groups
 from edgecompile.passes.prune.plan import Plan
+from edgecompile.passes.prune.rules import key
 from edgecompile.passes.prune.torch_side import apply as apply
 from edgecompile.pipeline import ANY_DROP, Context, Drop, Pass, PassResult
 from edgecompile.pruning import PrunedGroup, PrunedPoint, Pruning
@@ -58,9 +58,10 @@ class Prune(Pass):
             ``taylor``.
         align: channels that widths are multiples of: 8, 16, 32 or another number; 0 for what the target runs well.
         repair: solve for the weights of the layers after a cut on calibration data.
-        skip: globs of group names, weights or module paths that stay whole, separated by commas.
+        skip: globs of group names, weights or module paths (or a parent) that stay whole, separated by commas.
         min_snr: least signal-to-noise ratio of each output in dB; a result below it is rejected.
-        max_drop: most that the score of ``evaluate(run)`` may fall; less is cut until it holds.
+        max_drop: most that the score of ``evaluate(run)`` may fall, over this pass and those before it that keep one;
+            less is cut until it holds.
         seconds: time for timing layers, of which those left are estimated, and again for measuring losses.
         plan: file that the plan is written to; without params and latency, file of the plan to apply.
     """
@@ -116,7 +117,7 @@ class Prune(Pass):
                 "prune{repair=true} needs calibration data", "weights are solved for on it",
                 "give images or arrays with --calib, or leave the repair out",
             )  # fmt: skip
-        found = _without(groups(graph), self.skip)
+        found = _without(groups(graph), graph, self.skip)
         for group in found.whole:
             context.note(f"{group.name} stays whole ({group.units} units): {group.reason}")
         if not found.prunable:
@@ -317,13 +318,15 @@ def _parameters(graph: Graph) -> int:
     return sum(v.size for v in graph.constants().values() if v.dtype.kind in "fV")
 
 
-def _without(found: Groups, skip: str) -> Groups:
+def _without(found: Groups, graph: Graph, skip: str) -> Groups:
     """The groups, with those that the user's globs name kept whole."""
-    globs = [s.strip() for s in skip.split(",") if s.strip()]
+    patterns = globs(skip)
+    modules = {key(n): provenance(n).modules for n in graph.nodes}
 
     def held(group: Group) -> Group:
-        names = {group.name, *(m.module for m in group.members), *(m.tensor for m in group.members)}
-        named = any(fnmatch.fnmatchcase(name, glob) for glob in globs for name in names if name)
+        names = {group.name, *(m.tensor for m in group.members)}
+        paths = {path for m in group.members for path in modules[m.node]}
+        named = any_matches(names, paths, patterns)
         return replace(group, reason="it is skipped") if named and group.prunable else group
 
     return replace(found, groups=tuple(map(held, found.groups)))

@@ -344,98 +344,154 @@ float quantise(const float* x, std::int64_t columns, std::uint8_t* out, std::int
 
 // Angular attention of one head: y = r / |r|, r = v / 2 + b(q) (b(k)^T v) / pi, with additions alone in the products.
 //
-// Of every four rows that may be added, the 16 sums are formed once; four bits choose one. Rows of v are taken in
-// blocks whose sums stay in the first cache.
+// Of every four rows that may be added, the 16 sums are formed once; four bits choose one. As many sums are held as the
+// first cache does: those of some rows of v, then those of some columns of b(k)^T v. `x / |x| > t` is `x > t |x|`.
 
-constexpr int kQuad = 4, kSubsets = 16, kBlock = 32;
+constexpr int kQuad = 4, kSubsets = 16;
+constexpr std::int64_t kTable = 32 << 10;  // bytes of sums that are held
 
+// Vectors that lie in one line of the cache are loaded twice as fast as those that lie in two.
+struct alignas(64) Line {
+  float at[16];
+};
+
+// The sums of four rows, `stride` floats after each other.
 template <int V>
-void subsets(const float* const rows[kQuad], float* out) {
-  constexpr int kOuter = V * LANES;
-  for (int v = 0; v < V; ++v) {
-    Floats held[kSubsets];
-    held[0] = Floats{};
-    for (int i = 0; i < kQuad; ++i) {
-      const Floats row = rows[i] ? load(rows[i] + v * LANES) : Floats{};
-      for (int j = 0; j < 1 << i; ++j) held[(1 << i) + j] = held[j] + row;
-    }
-    for (int j = 0; j < kSubsets; ++j) store(out + j * kOuter + v * LANES, held[j]);
-  }
+inline void subsets(const float* const rows[kQuad], float* out, std::int64_t stride) {
+  each<V>([&](auto v) {
+    Floats low[4], high[4];
+    low[0] = high[0] = Floats{};
+    for (int i = 0; i < 2; ++i) low[1 + i] = load(rows[i] + v * LANES), high[1 + i] = load(rows[2 + i] + v * LANES);
+    low[3] = low[1] + low[2];
+    high[3] = high[1] + high[2];
+    each<kSubsets>([&](auto j) { store(out + j * stride + v * LANES, low[j % 4] + high[j / 4]); });
+  });
 }
 
-// Which components of x / |x| exceed a limit: 1 or 0 for each.
-void above(const float* x, std::int64_t inner, float limit, std::uint8_t* out) {
-  typedef std::uint8_t Bytes __attribute__((vector_size(LANES)));
+inline float length(const float* x, std::int64_t inner) {
   Floats squares = {};
   std::int64_t i = 0;
   for (; i + LANES <= inner; i += LANES) squares += load(x + i) * load(x + i);
   float total = sum(squares);
   for (; i < inner; ++i) total += x[i] * x[i];
-  const float length = std::sqrt(total);
-  for (i = 0; i + LANES <= inner; i += LANES)
-    put(out + i, __builtin_convertvector((load(x + i) / all(length) > all(limit)) & 1, Bytes));
-  for (; i < inner; ++i) out[i] = x[i] / length > limit;
+  return std::sqrt(total);
 }
 
-// The number that four bits in four bytes make.
-inline std::uint32_t number_of(const std::uint8_t* bits) { return get<std::uint32_t>(bits) * 0x01020408u >> 24; }
+// Which components of four tokens exceed their limits, as a bit of a number for each: [inner].
+void above(const float* const x[kQuad], const float limits[kQuad], std::int64_t inner, std::uint8_t* out) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(LANES)));
+  std::int64_t d = 0;
+  for (; d + LANES <= inner; d += LANES) {
+    Words marks = {};
+    each<kQuad>([&](auto i) { marks |= (load(x[i] + d) > all(limits[i])) & (1 << i); });
+    put(out + d, __builtin_convertvector(marks, Bytes));
+  }
+  for (; d < inner; ++d) {
+    out[d] = 0;
+    for (int i = 0; i < kQuad; ++i) out[d] |= (x[i][d] > limits[i]) << i;
+  }
+}
+
+// Which components of a token exceed a limit, four to a number: [inner / 4]. `bits`: zeros from inner on.
+void above(const float* x, float limit, std::int64_t inner, std::uint8_t* bits, std::uint8_t* out) {
+  typedef std::uint8_t Bytes __attribute__((vector_size(LANES)));
+  std::int64_t d = 0;
+  for (; d + LANES <= inner; d += LANES) put(bits + d, __builtin_convertvector((load(x + d) > all(limit)) & 1, Bytes));
+  for (; d < inner; ++d) bits[d] = x[d] > limit;
+  for (d = 0; d < inner; d += kQuad) out[d / kQuad] = get<std::uint32_t>(bits + d) * 0x01020408u >> 24;
+}
 
 template <int V>
 void angular(const float* q, const float* k, const float* v, float q_limit, float k_limit, std::int64_t tokens,
              std::int64_t inner, float* y) {
   constexpr int kOuter = V * LANES;
-  static thread_local std::vector<float> floats;
+  constexpr std::int64_t kHeld = std::max<std::int64_t>(1, kTable / (4 * kSubsets * kOuter));
+  static thread_local std::vector<Line> lines;
   static thread_local std::vector<std::uint8_t> bytes;
-  const std::int64_t quads = (inner + kQuad - 1) / kQuad, wide = quads * kQuad, block_quads = kBlock / kQuad;
-  floats.assign((wide + std::max(block_quads, quads) * kSubsets) * kOuter, 0.0f);
-  bytes.assign(wide + block_quads * wide, 0);
-  float* __restrict const state = floats.data();
-  float* __restrict const sums = state + wide * kOuter;
-  std::uint8_t* __restrict const bits = bytes.data();
-  std::uint8_t* __restrict const numbers = bits + wide;
-  for (std::int64_t first = 0; first < tokens; first += kBlock) {
-    const std::int64_t there = std::min<std::int64_t>(kBlock, tokens - first), parts = (there + kQuad - 1) / kQuad;
-    std::memset(numbers, 0, block_quads * wide);
-    for (std::int64_t t = 0; t < there; ++t) {
-      above(k + (first + t) * inner, inner, k_limit, bits);
-      std::uint8_t* to = numbers + (t / kQuad) * wide;
-      for (std::int64_t d = 0; d < wide; ++d) to[d] |= bits[d] << (t % kQuad);
-    }
-    for (std::int64_t part = 0; part < parts; ++part) {
-      const float* rows[kQuad];
-      for (int i = 0; i < kQuad; ++i)
-        rows[i] = part * kQuad + i < there ? v + (first + part * kQuad + i) * kOuter : nullptr;
-      subsets<V>(rows, sums + part * kSubsets * kOuter);
+  const std::int64_t parts = (inner + kQuad - 1) / kQuad, wide = parts * kQuad, quads = (tokens + kQuad - 1) / kQuad;
+  int columns = V;  // vectors of b(k)^T v whose sums are held
+  while (columns > 1 && 4 * parts * kSubsets * columns * LANES > kTable) columns /= 2;
+  const std::int64_t size = (wide + std::max(kHeld, parts) * kSubsets) * kOuter + quads * kQuad * LANES;
+  lines.resize(size * sizeof(float) / sizeof(Line) + 1);
+  bytes.resize(kHeld * wide + wide + quads * kQuad * parts);
+  float* __restrict const state = lines.data()->at;
+  float* __restrict const squares = state + wide * kOuter;
+  float* __restrict const sums = squares + quads * kQuad * LANES;
+  std::uint8_t* __restrict const given = bytes.data();
+  std::uint8_t* __restrict const bits = given + kHeld * wide;
+  std::uint8_t* __restrict const asked = bits + wide;
+  std::fill(state, squares + quads * kQuad * LANES, 0.0f);
+  std::fill(given, asked + quads * kQuad * parts, std::uint8_t(0));
+  auto row = [=](std::int64_t token) { return std::min(token, tokens - 1); };
+
+  for (std::int64_t first = 0; first < quads; first += kHeld) {
+    const std::int64_t there = std::min(kHeld, quads - first);
+    for (std::int64_t p = 0; p < there; ++p) {
+      const float *keys[kQuad], *values[kQuad];
+      float limits[kQuad];
+      for (int i = 0; i < kQuad; ++i) {
+        const std::int64_t token = (first + p) * kQuad + i;
+        keys[i] = k + row(token) * inner;
+        values[i] = v + row(token) * kOuter;
+        limits[i] = token < tokens ? length(keys[i], inner) * k_limit : HUGE_VALF;
+      }
+      above(keys, limits, inner, given + p * wide);
+      subsets<V>(values, sums + p * kSubsets * kOuter, kOuter);
     }
     for (std::int64_t d = 0; d < inner; ++d) {
       Floats total[V];
-      for (int c = 0; c < V; ++c) total[c] = load(state + d * kOuter + c * LANES);
-      for (std::int64_t part = 0; part < parts; ++part) {
-        const float* one = sums + (part * kSubsets + numbers[part * wide + d]) * kOuter;
-        for (int c = 0; c < V; ++c) total[c] += load(one + c * LANES);
+      each<V>([&](auto c) { total[c] = load(state + d * kOuter + c * LANES); });
+      for (std::int64_t p = 0; p < there; ++p) {
+        const float* one = sums + (p * kSubsets + given[p * wide + d]) * kOuter;
+        each<V>([&](auto c) { total[c] += load(one + c * LANES); });
       }
-      for (int c = 0; c < V; ++c) store(state + d * kOuter + c * LANES, total[c]);
+      each<V>([&](auto c) { store(state + d * kOuter + c * LANES, total[c]); });
     }
   }
-  for (std::int64_t part = 0; part < quads; ++part) {
-    const float* rows[kQuad];
-    for (int i = 0; i < kQuad; ++i) rows[i] = state + (part * kQuad + i) * kOuter;
-    subsets<V>(rows, sums + part * kSubsets * kOuter);
+  for (std::int64_t t = 0; t < tokens; ++t)
+    above(q + t * inner, length(q + t * inner, inner) * q_limit, inner, bits, asked + t * parts);
+
+  auto ask = [&](auto size, std::int64_t from) {
+    constexpr int kColumns = decltype(size)::value;
+    constexpr std::int64_t kStride = kColumns * LANES;
+    for (std::int64_t p = 0; p < parts; ++p) {
+      const float* rows[kQuad];
+      for (int i = 0; i < kQuad; ++i) rows[i] = state + (p * kQuad + i) * kOuter + from;
+      subsets<kColumns>(rows, sums + p * kSubsets * kStride, kStride);
+    }
+    for (std::int64_t t = 0; t < tokens; t += kQuad) {
+      Floats near[kQuad][kColumns] = {};
+      for (std::int64_t p = 0; p < parts; ++p)
+        each<kQuad>([&](auto i) {
+          const float* one = sums + (p * kSubsets + asked[(t + i) * parts + p]) * kStride;
+          each<kColumns>([&](auto c) { near[i][c] += load(one + c * LANES); });
+        });
+      each<kQuad>([&](auto i) {
+        if (t + i >= tokens) return;
+        Floats total = load(squares + (t + i) * LANES);
+        each<kColumns>([&](auto c) {
+          const std::int64_t at = (t + i) * kOuter + from + c * LANES;
+          const Floats raw = load(v + at) * all(0.5f) + near[i][c] * all(0.31830987f);
+          total += raw * raw;
+          store(y + at, raw);
+        });
+        store(squares + (t + i) * LANES, total);
+      });
+    }
+  };
+  for (std::int64_t from = 0; from < kOuter; from += columns * LANES) {
+    if (columns == V)
+      ask(std::integral_constant<int, V>(), from);
+    else if (columns * 2 == V)
+      ask(std::integral_constant<int, std::max(1, V / 2)>(), from);
+    else if (columns * 4 == V)
+      ask(std::integral_constant<int, std::max(1, V / 4)>(), from);
+    else
+      ask(std::integral_constant<int, 1>(), from);
   }
   for (std::int64_t t = 0; t < tokens; ++t) {
-    above(q + t * inner, inner, q_limit, bits);
-    Floats near[V] = {};
-    for (std::int64_t part = 0; part < quads; ++part) {
-      const float* one = sums + (part * kSubsets + number_of(bits + part * kQuad)) * kOuter;
-      for (int c = 0; c < V; ++c) near[c] += load(one + c * LANES);
-    }
-    Floats squares = {};
-    for (int c = 0; c < V; ++c) {
-      near[c] = load(v + t * kOuter + c * LANES) * all(0.5f) + near[c] * all(0.31830987f);
-      squares += near[c] * near[c];
-    }
-    const Floats length = all(std::sqrt(sum(squares)));
-    for (int c = 0; c < V; ++c) store(y + t * kOuter + c * LANES, near[c] / length);
+    const Floats scale = all(1.0f / std::sqrt(sum(load(squares + t * LANES))));
+    each<V>([&](auto c) { store(y + t * kOuter + c * LANES, load(y + t * kOuter + c * LANES) * scale); });
   }
 }
 

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-from edgecompile import measure
+from edgecompile import functions, measure
 from edgecompile.errors import EnvironmentMissing, InputError, missing_extra
 from edgecompile.files import write_atomic
 from edgecompile.graph import Graph, named
@@ -61,8 +61,8 @@ class TvmTarget(Target):
         versions = {package: version(package) for package in ("apache-tvm", "apache-tvm-ffi")}
         manifest = EngineManifest(self.name, (ENGINE, KERNELS), versions, tvm_options.device(chosen), recorded)
 
-        def opened(path: Path, kernels: Sequence[Mapping]) -> TvmEngine:
-            return TvmEngine(manifest, chosen, path, source, kernels)
+        def opened(library: Any, kernels: Sequence[Mapping]) -> TvmEngine:
+            return TvmEngine(manifest, chosen, library, source, kernels)
 
         if chosen.tune is None and not chosen.tuning:
             kernels = lower.build(source, chosen, folder / ENGINE, say)
@@ -71,6 +71,10 @@ class TvmTarget(Target):
             manifest = replace(manifest, files=(*manifest.files, *files))
         write_atomic(folder / KERNELS, [json.dumps(kernels, indent=0).encode()])
         return opened(folder / ENGINE, kernels)
+
+    def approximates(self, graph: Graph, options: Mapping[str, Any]) -> str:
+        """See :meth:`edgecompile.target.Target.approximates`."""
+        return functions.rounded(graph, options)
 
     def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
         """See :meth:`edgecompile.target.Target.load`; the library is not touched before it is known to fit."""

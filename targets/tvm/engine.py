@@ -22,13 +22,28 @@ _pool = [0]  # threads that the process's pool is set to; 0 if nobody has set it
 
 
 class TvmEngine(Engine):
-    """The virtual machine on a library; the library is loaded, and its code run, when it is first used."""
+    """The virtual machine on a library; the library is loaded, and its code run, when it is first used.
 
-    def __init__(self, manifest: EngineManifest, chosen: Options, path: Path, graph: Graph, kernels: Sequence[Mapping]):
+    Args:
+        manifest: of the engine.
+        chosen: the options it was built with.
+        library: its file, or the executable of TVM where it was compiled in this process.
+        graph: its source.
+        kernels: as :func:`edgecompile.targets.tvm.lower.build` returns them.
+    """
+
+    def __init__(
+        self,
+        manifest: EngineManifest,
+        chosen: Options,
+        library: Any,
+        graph: Graph,
+        kernels: Sequence[Mapping],
+    ):
         self.manifest = manifest
         self.threads = 0 if chosen.cuda else chosen.threads
         self.clock = "thread_cpu" if self.threads == 1 else "wall"
-        self._chosen, self._path, self._graph, self._kernels = chosen, path, graph, kernels
+        self._chosen, self._library, self._graph, self._kernels = chosen, library, graph, kernels
         self._machine: Any = None
         self._bound = 0
 
@@ -38,7 +53,7 @@ class TvmEngine(Engine):
 
         if not self._chosen.runs_here:
             raise EnvironmentMissing(
-                f"{self._path.name} does not run here",
+                "the engine does not run here",
                 f"it was compiled for {self.manifest.device}",
                 "run it on such a device",
             )
@@ -53,7 +68,8 @@ class TvmEngine(Engine):
         import tvm
         from tvm import relax
 
-        library: Any = tvm.runtime.load_module(str(self._path))
+        given = self._library
+        library: Any = tvm.runtime.load_module(str(given)) if isinstance(given, Path) else given
         device: Any = tvm.cpu()
         return relax.VirtualMachine(library, device)
 

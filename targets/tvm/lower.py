@@ -12,6 +12,7 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +61,34 @@ def check(graph: Graph) -> None:
             )
 
 
+@dataclass(frozen=True)
+class Compiled:
+    """A model that TVM's virtual machine runs in this process.
+
+    Attributes:
+        library: what the virtual machine takes, and what can be exported unless :func:`varied` made it.
+        kernels: as :func:`build` returns them, and whose choice each is
+            (:attr:`edgecompile.targets.tvm.schedules.Kernel.origin`) if it was chosen.
+        known: symbols and scheduled functions by the hash of what they are before they are scheduled.
+    """
+
+    library: Any
+    kernels: Sequence[Mapping[str, Any]]
+    known: Mapping[int, tuple[str, Any]]
+
+    def export(self, path: Path, chosen: Options) -> None:
+        """Write the library.
+
+        Raises:
+            InputError: it cannot be linked.
+        """
+        with _compiling(chosen):
+            self.library.export_library(str(path), **_link(chosen))
+
+
 def build(
-    graph: Graph,
-    chosen: Options,
-    path: Path,
-    say: Callable[[str], None] | None = None,
-    pick: schedules.Pick | None = None,
-    module: Any = None,
-) -> list[dict[str, Any]]:
+    graph: Graph, chosen: Options, path: Path, say: Callable[[str], None] | None = None
+) -> list[Mapping[str, Any]]:
     """Compile ``graph`` into a shared library.
 
     Args:
@@ -75,32 +96,120 @@ def build(
         chosen: the options.
         path: the library to write.
         say: told how coded weights are computed.
-        pick: chooses for each kernel that leaves a choice; None: the cost models do.
-        module: what :func:`folded` made of the graph, if it did.
 
     Returns:
-        for each kernel in the order of execution: its symbol, the names of the nodes it stands for, and whose choice it
-        is (:attr:`edgecompile.targets.tvm.schedules.Kernel.origin`) if it was chosen.
+        for each kernel in the order of execution: its symbol and the names of the nodes it stands for.
 
     Raises:
         InputError: TVM refuses a node (named by module path) or fails to compile.
     """
+    made = compiled(folded(graph, chosen, say), graph, chosen)
+    made.export(path, chosen)
+    return list(made.kernels)
+
+
+def compiled(
+    module: Any,
+    graph: Graph,
+    chosen: Options,
+    pick: schedules.Pick | None = None,
+    forms: schedules.Forms | None = None,
+) -> Compiled:
+    """Compile a model.
+
+    Args:
+        module: what :func:`folded` made of ``graph``.
+        graph, chosen: as for :func:`build`.
+        pick: chooses for each kernel that leaves a choice; None: the cost models do.
+        forms: as for :func:`edgecompile.targets.tvm.schedules.legalizations`.
+
+    Raises:
+        InputError: TVM fails to compile it.
+    """
     import tvm
     from tvm import relax
 
-    module = folded(graph, chosen, say) if module is None else module
     with _compiling(chosen) as target:
-        loops = _loops(module, chosen, pick)
+        loops = _loops(module, chosen, pick, forms)
         grouped = relax.transform.FuseOps()(loops)
-        kernels = _kernels(loops, grouped, graph)
-        fused = _scheduled(relax.transform.FuseTIR()(grouped), chosen)
-        for kernel in kernels if pick else ():
-            attributes = fused[kernel["symbol"]].attrs
-            if schedules.ORIGIN in attributes:
-                kernel["origin"] = int(attributes[schedules.ORIGIN])
+        kernels, fused = _kernels(loops, grouped, graph), relax.transform.FuseTIR()(grouped)
+        numbers = {var.name_hint: _number(f) for var, f in _primitive(fused)} if pick else {}
+        fused = _scheduled(fused, chosen)
+        known = {numbers[v.name_hint]: (v.name_hint, f) for v, f in _primitive(fused)} if pick else {}
         library = tvm.compile(fused, target=target, relax_pipeline=tvm.transform.Sequential(_finish()))
-        library.export_library(str(path), **_link(chosen))
-    return kernels
+    return Compiled(library, _with_origin(kernels, fused), known)
+
+
+def varied(
+    base: Compiled,
+    module: Any,
+    chosen: Options,
+    pick: schedules.Pick,
+    forms: schedules.Forms | None = None,
+) -> Compiled:
+    """Compile a model with other choices: only kernels that ``base`` has not; the others are called there.
+
+    What is returned runs in this process only, and its kernels are in no order and know no nodes.
+
+    Args, Raises: as of :func:`compiled`, which made ``base``.
+    """
+    import tvm
+    from tvm import relax
+
+    with _compiling(chosen) as target:
+        fused = relax.transform.FuseTIR()(relax.transform.FuseOps()(_loops(module, chosen, pick, forms)))
+        found = {var: base.known.get(_number(f)) for var, f in _primitive(fused)}
+        fresh = tvm.IRModule({var: fused[var] for var, known in found.items() if known is None})
+        fresh = schedules.apply(fresh, chosen)
+        for var, known in found.items():
+            fused.update_func(var, fresh[var] if known is None else known[1])
+        symbols = {v.name_hint: known[0] if known else f"{v.name_hint}_varied" for v, known in found.items()}
+        kernels = _with_origin([{"symbol": v.name_hint, "nodes": []} for v in found], fused)
+        kernels = [{**kernel, "symbol": symbols[kernel["symbol"]]} for kernel in kernels]
+        finished = tvm.transform.Sequential(_finish())(fused)
+        code = {
+            symbol: finished[var].with_attr("global_symbol", symbol)
+            for var, known in found.items()
+            if known is None and (symbol := symbols[var.name_hint])
+        }
+        builder = relax.ExecBuilder()
+        relax.vm_build._vmcodegen(builder, tvm.IRModule({"main": _by_symbol(finished["main"], symbols)}))
+        library: Any = builder.get()
+        if code:
+            library.mod.import_module(tvm.tirx.build(tvm.IRModule(code), target=target))
+        library.mod.import_module(base.library.mod.imports[0])
+    return Compiled(library, kernels, base.known)
+
+
+def _primitive(module: Any) -> list[tuple[Any, Any]]:
+    """The kernels of a module."""
+    from tvm.tirx import PrimFunc
+
+    return [(var, function) for var, function in module.functions.items() if isinstance(function, PrimFunc)]
+
+
+def _number(function: Any) -> int:
+    import tvm_ffi
+
+    return tvm_ffi.structural_hash(function)
+
+
+def _with_origin(kernels: Sequence[dict[str, Any]], scheduled: Any) -> list[dict[str, Any]]:
+    """Kernels and whose choice each is, which the schedules note."""
+    origins = {v.name_hint: f.attrs.get(schedules.ORIGIN) for v, f in _primitive(scheduled) if f.attrs}
+    return [{**k, "origin": int(origin)} if (origin := origins.get(k["symbol"])) else k for k in kernels]
+
+
+def _by_symbol(function: Any, symbols: Mapping[str, str]) -> Any:
+    """A function of the virtual machine that calls kernels by their symbols, wherever they are."""
+    from tvm import relax
+
+    @relax.expr_functor.mutator
+    class ByName(relax.PyExprMutator):
+        def visit_global_var_(self, op: Any) -> Any:
+            return relax.ExternFunc(symbols[op.name_hint])
+
+    return ByName().visit_expr(function)
 
 
 def folded(graph: Graph, chosen: Options, say: Callable[[str], None] | None = None) -> Any:
@@ -196,14 +305,18 @@ def _folded(module, chosen: Options):
     return tvm.transform.Sequential(steps)(module)
 
 
-def _loops(module, chosen: Options, pick: schedules.Pick | None):
+def _loops(module, chosen: Options, pick: schedules.Pick | None = None, forms: schedules.Forms | None = None):
     """Operators as loops."""
     import tvm
     from tvm import relax
 
     own = chosen.schedules and not chosen.cuda
     steps = [
-        *((relax.transform.LegalizeOps(schedules.legalizations(chosen, pick), list(schedules.LATER)),) if own else ()),
+        *(
+            (relax.transform.LegalizeOps(schedules.legalizations(chosen, pick, forms), list(schedules.LATER)),)
+            if own
+            else ()
+        ),
         relax.transform.LegalizeOps(),
         relax.transform.AnnotateTIROpPattern(),
         relax.transform.FoldConstant(),

@@ -12,7 +12,7 @@ Source: Williams et al., "Roofline: An Insightful Visual Performance Model", CAC
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 from edgecompile.functions import CODED
 from edgecompile.targets.tvm import options
 from edgecompile.targets.tvm.options import Options
-from edgecompile.targets.tvm.schedules import int8, tile
+from edgecompile.targets.tvm.schedules import int8, tile, views
 from edgecompile.targets.tvm.schedules import shift_add as kernels
 
 ANGULAR = "BinaryAngularAttention"
@@ -165,8 +165,8 @@ _KERNELS = (
     Kernel("narrow_int8", _fits_narrow, 8, 0, 2, 4, integer=True),
 )
 _NAMED: Mapping[str, Kernel] = {kernel.name: kernel for kernel in _KERNELS}
-_AROUND = 12  # instructions for each vector of activations and of results: to make integers and floats of them
-_CALLS = 8000  # cycles that the kernels which do so add, however little they do
+_AROUND = 8  # instructions for each vector of activations and of results: to make integers and floats of them
+_CALLS = 4000  # cycles that the kernels which do so add, however little they do
 
 
 def cycles(kernel: Kernel, weights: Weights, m: int, device: str) -> float:
@@ -237,9 +237,12 @@ def convert(bb: Any, op: str, inputs: list[Any], attrs: Mapping[str, Any], chose
         flat = relax.op.reshape(x, (m, columns)) if conv else x
         y = relax.op.matmul(flat, relax.const(np.ascontiguousarray(weights.decoded().T)))
         return (relax.op.reshape(bb.emit(y), (m, n, 1, 1)) if conv else y), said
-    flat = bb.emit(relax.op.reshape(x, (m, columns)))
-    result = _EMIT[kernel.name](bb, flat, weights, m, chosen)
-    return relax.op.reshape(bb.emit(result), (m, n, 1, 1) if conv else (*shape[:-1], n)), said
+    flat = _once(bb, (x, m, columns), lambda: bb.emit(relax.op.reshape(x, (m, columns))))
+    result = bb.normalize(_EMIT[kernel.name](bb, flat, weights, [m] if conv else shape[:-1], chosen))
+    wanted = [m, n, 1, 1] if conv else [*shape[:-1], n]
+    if [int(d) for d in result.ty.shape] == wanted:
+        return result, said
+    return relax.op.reshape(bb.emit(result), wanted), said
 
 
 def _angular(bb: Any, inputs: list[Any], turn: list[int], chosen: Options) -> tuple[Any, str]:
@@ -255,12 +258,13 @@ def _angular(bb: Any, inputs: list[Any], turn: list[int], chosen: Options) -> tu
     )
     own = chosen.schedules and not chosen.cuda and alone and same
     have = tile.vectors(options.device(chosen)) if own else None
-    if have and kernels.angular_rows(inner, outer, have):
-        heads = math.prod(lead)
-        function = kernels.angular(heads, tokens, inner, outer, have, parallel=chosen.threads > 1)
-        flat = [bb.emit(op.reshape(x, (heads, tokens, int(x.ty.shape[-1])))) for x in (q, k, v)]
+    if have and kernels.angular_fits(inner, outer, have):
+        given = [_in_memory(bb, x) for x in (q, k, v)]
+        rows = [of for _, of in given]
+        function = kernels.angular(lead, tokens, inner, outer, have, parallel=chosen.threads > 1, rows=rows)
+        flat = [bb.emit(op.reshape(x, (of.size,))) for x, of in given]
         flat += [bb.emit(op.reshape(limit, (1,))) for limit in limits]
-        y = _call(bb, function, "angular_attention", flat, ((heads, tokens, outer), "float32"))
+        y = _call(bb, function, "angular_attention", flat, ((math.prod(lead), tokens, outer), "float32"))
         return op.reshape(y, shapes[2]), f"angular attention over {tokens} tokens: one kernel"
 
     def length(x: Any) -> Any:
@@ -276,6 +280,13 @@ def _angular(bb: Any, inputs: list[Any], turn: list[int], chosen: Options) -> tu
     return op.divide(raw, length(raw)), f"angular attention over {tokens} tokens: products of matrices"
 
 
+def _in_memory(bb: Any, x: Any) -> tuple[Any, kernels.Rows]:
+    """What holds the rows of a tensor, and where: the projection that it is a view of, if that has whole rows."""
+    view = views.behind(bb, x)
+    rows = kernels.Rows.of(view)
+    return (x, kernels.Rows.dense(view.shape)) if rows is None else (view.source, rows)
+
+
 def _call(bb: Any, function: Any, name: str, arguments: list[Any], *results: tuple[tuple[int, ...], str]) -> Any:
     """A call of a function that is scheduled already."""
     from tvm import relax
@@ -285,17 +296,28 @@ def _call(bb: Any, function: Any, name: str, arguments: list[Any], *results: tup
     return bb.emit(relax.call_tir(bb.add_func(function, name), constants, types if len(types) > 1 else types[0]))
 
 
+def _once(bb: Any, key: Hashable, make: Callable[[], Any]) -> Any:
+    """What this block builder was made to emit for a key before: several layers may read one tensor."""
+    known = vars(bb).setdefault("_emitted_once", {})
+    if key not in known:
+        known[key] = make()
+    return known[key]
+
+
 def _quantised(bb: Any, x: Any, m: int, columns: int, group: int, largest: int, chosen: Options) -> list[Any]:
     from tvm import relax
 
-    function = kernels.quantised(m, columns, group, largest, parallel=chosen.threads > 1)
-    wide, groups = tile.padded(columns, 32), -(-columns // group)
-    made = _call(bb, function, "quantise", [x], ((m, wide), "int8"), ((m, 1), "float32"), ((m, groups), "int32"))
-    return [bb.emit(relax.TupleGetItem(made, i)) for i in range(3)]
+    def make() -> list[Any]:
+        function = kernels.quantised(m, columns, group, largest, parallel=chosen.threads > 1)
+        wide, groups = tile.padded(columns, 32), -(-columns // group)
+        made = _call(bb, function, "quantise", [x], ((m, wide), "int8"), ((m, 1), "float32"), ((m, groups), "int32"))
+        return [bb.emit(relax.TupleGetItem(made, i)) for i in range(3)]
+
+    return _once(bb, (x, group, largest), make)
 
 
-def _book(bb: Any, x: Any, weights: Weights, m: int, chosen: Options) -> Any:
-    n, columns = weights.codes.shape
+def _book(bb: Any, x: Any, weights: Weights, lead: Sequence[int], chosen: Options) -> Any:
+    m, (n, columns) = math.prod(lead), weights.codes.shape
     how, found = kernels.lookup(options.device(chosen)), _nibbles(weights)
     assert how is not None and found is not None
     codes, levels = found
@@ -309,8 +331,8 @@ def _book(bb: Any, x: Any, weights: Weights, m: int, chosen: Options) -> Any:
     return _call(bb, function, "shift_gemv", [x, *constants], ((m, n), "float32"))
 
 
-def _binary(bb: Any, x: Any, weights: Weights, m: int, chosen: Options) -> Any:
-    n, columns = weights.codes.shape
+def _binary(bb: Any, x: Any, weights: Weights, lead: Sequence[int], chosen: Options) -> Any:
+    m, (n, columns) = math.prod(lead), weights.codes.shape
     how = kernels.lookup(options.device(chosen))
     assert how is not None
     blocks = kernels.tiles_of_planes(m, weights.bits, how.registers)
@@ -324,8 +346,8 @@ def _binary(bb: Any, x: Any, weights: Weights, m: int, chosen: Options) -> Any:
     return _call(bb, function, "binary_gemv", [x, *constants], ((m, n), "float32"))
 
 
-def _book_int8(bb: Any, x: Any, weights: Weights, m: int, chosen: Options) -> Any:
-    n, columns = weights.codes.shape
+def _book_int8(bb: Any, x: Any, weights: Weights, lead: Sequence[int], chosen: Options) -> Any:
+    m, (n, columns) = math.prod(lead), weights.codes.shape
     how, found = kernels.byte_lookup(options.device(chosen)), _nibbles(weights)
     assert how is not None and found is not None
     codes, levels = found
@@ -343,26 +365,28 @@ def _book_int8(bb: Any, x: Any, weights: Weights, m: int, chosen: Options) -> An
     return _call(bb, function, "shift_gemv_int8", [*activations, *constants], ((m, n), "float32"))
 
 
-def _dot_int8(bb: Any, x: Any, weights: Weights, m: int, chosen: Options) -> Any:
+def _dot_int8(bb: Any, x: Any, weights: Weights, lead: Sequence[int], chosen: Options) -> Any:
     from tvm import relax
 
     op, device, columns = relax.op, options.device(chosen), weights.codes.shape[1]
     found = weights.integers()
     assert found is not None
     values, step = found
-    numbers, steps, _ = _quantised(bb, x, m, columns, columns, kernels.FINE, chosen)
+    numbers, steps, _ = _quantised(bb, x, math.prod(lead), columns, columns, kernels.FINE, chosen)
     wide = np.zeros((values.shape[0], tile.padded(columns, 32)), np.int8)
     wide[:, :columns] = values
-    # The kernel is that of a product with an int8 matrix, whose columns are outputs.
+    # In the shape of the result, so that what follows is fused; the kernel is that of an int8 matrix.
+    numbers = bb.emit(op.reshape(numbers, (*lead, wide.shape[1])))
+    steps = bb.emit(op.reshape(steps, (*lead, 1)))
     call = op.matmul(numbers, relax.const(np.ascontiguousarray(wide.T)), out_dtype="int32")
     how = int8.dot(device)
     total = int8.kernel(bb, bb.normalize(call), numbers, 0, np.ascontiguousarray(wide.T), how, tile.vectors(device))
-    scaled = op.multiply(bb.emit(op.astype(bb.emit(total), "float32")), relax.const(step[None]))
+    scaled = op.multiply(bb.emit(op.astype(bb.emit(total), "float32")), relax.const(step))
     return op.multiply(bb.emit(scaled), steps)
 
 
-def _narrow_int8(bb: Any, x: Any, weights: Weights, m: int, chosen: Options) -> Any:
-    n, columns = weights.codes.shape
+def _narrow_int8(bb: Any, x: Any, weights: Weights, lead: Sequence[int], chosen: Options) -> Any:
+    m, (n, columns) = math.prod(lead), weights.codes.shape
     found = weights.integers()
     assert found is not None
     values, step = found

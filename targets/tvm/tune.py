@@ -10,9 +10,13 @@ the cost models make it, the trace of a record holds one decision per field of t
 before is not measured again, however the last search ended.
 
 Kernels are timed in the model, by its profiler. A kernel on its own finds its weights and its code in the caches and
-has nothing fused into it: choices that gained 10 % so made the model 6 % slower. A round compiles the model with one
-trial for every kernel that is worth one, and alternates with the untuned model, in this process, so that both see the
-same machine: the kernels are searched side by side, and nothing is compiled that is not a model's.
+has nothing fused into it: choices that gained 10 % so made the model 6 % slower. A round tries one choice for each of a
+few kernels, those that take most for the trials they had. What it compiles are these kernels, with what is fused into
+them; the plan of execution around them is made anew and calls all others, and their weights, where the untuned model
+has them. Nothing is linked or written. The two alternate in this process, so that both see the same machine.
+
+The time that was asked for is that of everything but the last comparison: the import, the untuned model, the search,
+and what the end of a search takes, which is kept for it.
 
 In the end the best choices are measured again, since the best of many is lucky, and what does not hold is dropped.
 Then the whole model takes turns with itself untuned, and only if it is faster for certain is it kept.
@@ -25,13 +29,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +49,7 @@ from edgecompile.graph import Graph
 from edgecompile.measure import Ratio
 from edgecompile.target import Engine
 from edgecompile.targets.tvm import lower, schedules
+from edgecompile.targets.tvm.lower import Compiled
 from edgecompile.targets.tvm.options import Options
 from edgecompile.targets.tvm.schedules import Kernel
 from edgecompile.targets.tvm.schedules.tile import Choice
@@ -63,7 +67,9 @@ _FAILED = 1e10  # seconds that MetaSchedule records for what cannot be built
 _GAIN, _GAIN_AGAIN = 0.97, 0.99  # of the time a kernel takes: what is worth having, and what it must keep
 _SHARE = 0.002  # of the model's time, below which a kernel is not worth a trial
 _LOADS = 2  # of a library for a trial
-_BUILDS = 4  # that the end of a tuning may take, of which as much time is left
+_TOGETHER = 12  # kernels that are tried in one round, at most
+_BUILDS = 3  # that the end of a tuning may take, of which as much time is kept for it
+_CONFIRMATIONS = 2  # of the best choices, that none is kept by luck
 _SESSIONS, _COMPARED_SECONDS = 10, 8.0  # of the tuned and the untuned model
 
 
@@ -204,11 +210,13 @@ class Task:
         kernel: the first of those that are equal.
         count: how often the model runs it.
         known: seconds by choice, of one run in the model.
+        again: what the best choice took when it was measured again, as a part of the untuned time.
     """
 
     kernel: Kernel
     count: int = 0
     known: dict[Choice, float] = field(default_factory=dict)
+    again: float | None = None
 
     @property
     def untuned(self) -> float:
@@ -225,7 +233,7 @@ class Task:
     @property
     def tuned(self) -> float:
         """Seconds of the model that this kernel takes with the best choice."""
-        return self.count * self.known.get(self.best, 0.0)
+        return self.count * self.known.get(self.best, 0.0) if self.again is None else self.again * self.untuned
 
     def next(self) -> Choice | None:
         """What to try: whatever differs in one respect from the fastest, None where all of that is known."""
@@ -241,11 +249,17 @@ class Task:
 
 
 class Tasks:
-    """The distinct kernels of a model, by their origin."""
+    """The distinct kernels of a model, by their origin.
+
+    Attributes:
+        records: what is known of them, and where what is learnt is added.
+        tried: how many choices were measured.
+    """
 
     def __init__(self, records: Records):
         self.records = records
         self._tasks: dict[int, Task] = {}
+        self.tried = 0
 
     @property
     def all(self) -> list[Task]:
@@ -262,92 +276,92 @@ class Tasks:
         """The choice for a kernel that was counted before."""
         return self._tasks[kernel.origin].best
 
-    def trying(self, trials: Mapping[int, Choice]) -> schedules.Pick:
-        """Picks what is to be tried, and the best choice for kernels of which nothing is."""
-        return lambda kernel: trials[kernel.origin] if kernel.origin in trials else self.best(kernel)
+    def trials(self) -> dict[int, Choice]:
+        """What to try next; nothing where all that is worth a trial is known."""
+        least = _SHARE * sum(task.untuned for task in self.all)
+        left = [(task, choice) for task in self.all if task.untuned > least and (choice := task.next()) is not None]
+        left.sort(key=lambda pair: -pair[0].untuned / len(pair[0].known))
+        return {task.kernel.origin: choice for task, choice in left[:_TOGETHER]}
 
     def learn(self, origin: int, choice: Choice, seconds: float) -> None:
         """Add what was measured."""
         task = self._tasks[origin]
         task.known[choice] = seconds
+        self.tried += choice != Choice()
         self.records.add(task.kernel, choice, seconds)
 
-    def drop(self, origins: Collection[int]) -> None:
-        """Forget, but not on disk, what was found for some kernels."""
-        for origin in origins:
-            task = self._tasks[origin]
-            task.known = {Choice(): task.known[Choice()]}
+    def confirm(self, origin: int, ratio: float) -> None:
+        """Note what the best choice took when it was measured again; forget, but not on disk, what was only luck."""
+        task = self._tasks[origin]
+        if ratio <= _GAIN_AGAIN:
+            task.again = ratio
+        else:
+            task.known, task.again = {Choice(): task.known[Choice()]}, None
 
 
-@dataclass(frozen=True)
-class Build:
-    """A library and what it holds.
+Runner = Callable[[Compiled], Sequence[tuple[str, float]]]
+"""Opens a model, runs it some times, and returns the symbol and seconds of each kernel in the order of execution."""
 
-    Attributes:
-        path: the library.
-        kernels: as :func:`edgecompile.targets.tvm.lower.build` returns them.
-    """
-
-    path: Path
-    kernels: Sequence[Mapping[str, Any]]
+Opened = Callable[[Any, Sequence[Mapping[str, Any]]], Engine]
+"""Makes an engine of a library, in a file or in this process, and its kernels."""
 
 
-Runner = Callable[[Build], Sequence[float]]
-"""Loads a library, runs the model some times, and returns the seconds of each kernel in the order of execution."""
-
-
-def here(opened: Callable[[Build], Engine], feeds: Mapping[str, np.ndarray]) -> Runner:
+def here(opened: Opened, feeds: Mapping[str, np.ndarray]) -> Runner:
     """The runner of this process."""
 
-    def run(build: Build) -> Sequence[float]:
-        engine = opened(build)
-        seconds = [layer.microseconds / 1e6 for layer in engine.layers(feeds)]
+    def run(made: Compiled) -> Sequence[tuple[str, float]]:
+        engine = opened(made.library, made.kernels)
+        taken = [(layer.name, layer.microseconds / 1e6) for layer in engine.layers(feeds)]
         engine.close()
-        return seconds
+        return taken
 
     return run
 
 
-def spent(builds: Sequence[Build], runner: Runner, loads: int) -> list[dict[int, float]]:
-    """Seconds by origin that the kernels of each library take in one run of the model.
+def spent(models: Sequence[Compiled], runner: Runner, loads: int) -> list[dict[int, float]]:
+    """Seconds by origin that the kernels of each model take in one run of it.
 
     Args:
-        builds: the libraries, which take turns.
+        models: which take turns.
         runner: runs them.
-        loads: how often each is loaded: where memory happens to lie makes a difference of several percent. What counts
+        loads: how often each is opened: where memory happens to lie makes a difference of several percent. What counts
             is the fastest.
     """
-    taken: list[list[Sequence[float]]] = [[] for _ in builds]
+    taken: list[list[Sequence[tuple[str, float]]]] = [[] for _ in models]
     for _ in range(loads):
-        for runs, build in zip(taken, builds, strict=True):
-            runs.append(runner(build))
+        for runs, made in zip(taken, models, strict=True):
+            runs.append(runner(made))
     found: list[dict[int, float]] = []
-    for runs, build in zip(taken, builds, strict=True):
+    for runs, made in zip(taken, models, strict=True):
+        origins = {kernel["symbol"]: kernel["origin"] for kernel in made.kernels if "origin" in kernel}
         of: dict[int, float] = {}
-        for kernel, seconds in zip(build.kernels, np.min(runs, axis=0), strict=True):
-            if "origin" in kernel:
-                of[kernel["origin"]] = of.get(kernel["origin"], 0.0) + float(seconds)
+        for times in zip(*runs, strict=True):
+            if (origin := origins.get(times[0][0])) is not None:
+                of[origin] = of.get(origin, 0.0) + min(seconds for _, seconds in times)
         found.append(of)
     return found
 
 
 def search(
     tasks: Tasks,
-    plain: Build,
-    compiled: Callable[[schedules.Pick], Build],
+    plain: Compiled,
+    compiled: Callable[[schedules.Pick], Compiled],
     runner: Runner,
     seconds: float,
     say: Callable[[str], None],
-) -> None:
+) -> int:
     """Measure choices until the time is up or none is left; what was measured is recorded at once.
 
     Args:
         tasks: the kernels; what is known of them grows.
         plain: the model without any choice.
-        compiled: makes another library of the same model.
+        compiled: makes the same model with other choices.
         runner: runs both.
         seconds: to spend; the round that is under way when they are over is finished.
         say: told how far it is.
+
+    Returns:
+        the number of rounds.
     """
     begun = time.perf_counter()
     if any(not task.known for task in tasks.all) and seconds > 0:
@@ -357,30 +371,32 @@ def search(
             if not task.known and task.kernel.origin in times:  # what no output needs is not run
                 tasks.learn(task.kernel.origin, Choice(), times[task.kernel.origin] / task.count)
     untuned = sum(task.untuned for task in tasks.all)
-    worth = [task for task in tasks.all if task.untuned >= _SHARE * untuned]
-    for number in itertools.count(1):
-        trials = {task.kernel.origin: choice for task in worth if (choice := task.next()) is not None}
-        left = seconds - (time.perf_counter() - begun)
-        done, best = len(tasks.all) - len(trials), sum(task.tuned for task in tasks.all)
-        share = 100 * max(1 - left / seconds, done / len(tasks.all)) if trials and left > 0 else 100
+    number = 0
+    while True:
+        trials, left = tasks.trials(), seconds - (time.perf_counter() - begun)
+        best, share = sum(task.tuned for task in tasks.all), 1 - left / seconds if trials and left > 0 else 1.0
         minutes, rest = divmod(max(int(left), 0), 60)
         say(
-            f"tuning: round {number}, {done} of {len(tasks.all)} kernels done, {minutes}:{rest:02} left, "
-            f"kernels take {best * 1e3:.3g} ms, {untuned * 1e3:.3g} ms untuned, {share:.0f}%"
+            f"tuning: round {number + 1}, {tasks.tried} trials made, {minutes}:{rest:02} left, "
+            f"kernels take {best * 1e3:.3g} ms, {untuned * 1e3:.3g} ms untuned, {100 * share:.0f}%"
         )
         if not trials or left <= 0:
-            return
+            return number
+        number += 1
         try:
-            tried = compiled(tasks.trying(trials))
-            before, after = spent([plain, tried], runner, _LOADS)
-            tried.path.unlink()
+            before, after = spent([plain, compiled(_trying(trials))], runner, _LOADS)
         except EdgecompileError:
             for origin in _unbuildable(tasks, trials):
                 tasks.learn(origin, trials[origin], _FAILED)
             continue
-        for task in worth:
+        for task in tasks.all:
             if (origin := task.kernel.origin) in trials:
                 tasks.learn(origin, trials[origin], task.known[Choice()] * after[origin] / before[origin])
+
+
+def _trying(trials: Mapping[int, Choice]) -> schedules.Pick:
+    """Picks what is to be tried, and nothing else."""
+    return lambda kernel: trials.get(kernel.origin, Choice())
 
 
 def _unbuildable(tasks: Tasks, trials: Mapping[int, Choice]) -> list[int]:
@@ -402,7 +418,7 @@ def build(
     graph: Graph,
     chosen: Options,
     path: Path,
-    opened: Callable[[Path, Sequence[Mapping]], Engine],
+    opened: Opened,
     say: Callable[[str], None] | None = None,
     runner: Runner | None = None,
 ) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
@@ -410,8 +426,8 @@ def build(
 
     Args:
         graph, chosen, path, say: as for :func:`edgecompile.targets.tvm.lower.build`; ``chosen`` asks for tuning.
-        opened: makes an engine of a library and its kernels.
-        runner: runs libraries, by default in this process.
+        opened: makes an engine.
+        runner: runs models, by default in this process.
 
     Returns:
         the kernels as ``lower.build`` returns them, and the names of the further files written beside ``path``: the
@@ -421,11 +437,13 @@ def build(
         InputError: as ``lower.build``; the records cannot be used; another search runs; or kernels compiled for another
             machine are to be timed.
     """
-    tell = say or (lambda _: None)
+    begun, tell = time.perf_counter(), say or (lambda _: None)
     if chosen.tuning:
         tasks = Tasks(Records(Path(chosen.tuning), chosen, write=False))
-        kernels = lower.build(graph, chosen, path, say, lambda kernel: tasks.add(kernel) or tasks.best(kernel))
-        return _without_origin(kernels), _kept(tasks, chosen, path.parent, None)
+        module = lower.folded(graph, chosen, say)
+        made = lower.compiled(module, graph, chosen, lambda kernel: tasks.add(kernel) or tasks.best(kernel))
+        made.export(path, chosen)
+        return _without_origin(made.kernels), _kept(tasks, chosen, path.parent, summary(tasks, chosen))
     if not chosen.runs_here:
         raise InputError(
             "kernels for another machine cannot be timed here",
@@ -434,51 +452,59 @@ def build(
         )
     folder, feeds = cache_folder(chosen), oracle.random_feeds(graph.signature().inputs)
     with _alone_in(folder), tempfile.TemporaryDirectory(prefix="edgecompile-") as scratch:
-        tasks = Tasks(Records(folder, chosen))
-        module = lower.folded(graph, chosen, say)
-        run = runner or here(lambda build: opened(build.path, build.kernels), feeds)
-        names = (Path(scratch) / f"{number}-{path.name}" for number in itertools.count())
+        tasks, forms = Tasks(Records(folder, chosen)), {}
+        module, run = lower.folded(graph, chosen, say), runner or here(opened, feeds)
+        imported = time.perf_counter()
+        plain = lower.compiled(module, graph, chosen, lambda kernel: tasks.add(kernel) or Choice(), forms)
 
-        def compiled(pick: schedules.Pick) -> Build:
-            place = next(names)  # the system knows a library by its name: another one needs another name
-            return Build(place, lower.build(graph, chosen, place, None, pick, module))
+        def compiled(pick: schedules.Pick) -> Compiled:
+            return lower.varied(plain, module, chosen, pick, forms)
 
-        begun = time.perf_counter()
-        kept = plain = compiled(lambda kernel: tasks.add(kernel) or Choice())
-        asked, took = chosen.tune or 0.0, time.perf_counter() - begun
-        search(tasks, plain, compiled, run, max(asked - _BUILDS * took, asked / 2), tell)
-        files: tuple[str, ...] = ()
-        if tuned := _confirmed(tasks, plain, compiled, run, tell):
-            ratio = compare(feeds, *(opened(build.path, build.kernels) for build in (tuned, plain)))
+        now, asked = time.perf_counter(), chosen.tune or 0.0
+        end = _BUILDS * (now - imported)
+        if asked:
+            tell(
+                f"tuning: of {asked:.0f} s, {now - begun:.0f} went into the untuned model and {end:.0f} are kept for "
+                "the end" + ("" if asked > now - begun + end else ", which leaves no time to search: ask for more")
+            )
+        rounds = search(tasks, plain, compiled, run, asked - (now - begun) - end, tell)
+        kept, ratio = plain, None
+        if _confirmed(tasks, plain, compiled, run, tell):
+            tuned, places = lower.compiled(module, graph, chosen, tasks.best), [Path(scratch) / f"{i}.so" for i in "01"]
+            for made, place in zip((tuned, plain), places, strict=True):
+                made.export(place, chosen)
+            ratio = compare(feeds, *(opened(p, m.kernels) for m, p in zip((tuned, plain), places, strict=True)))
             shown = f"tuning: {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) of the untuned time"
-            if ratio.high < 1:
-                kept, files = tuned, _kept(tasks, chosen, path.parent, ratio)
-            tell(shown if files else f"{shown} is not faster for certain, the untuned engine is kept")
-        shutil.move(kept.path, path)
-        return _without_origin(kept.kernels), files
+            kept = tuned if ratio.high < 1 else plain
+            tell(shown if kept is tuned else f"{shown} is not faster for certain, the untuned engine is kept")
+            shutil.move(places[0 if kept is tuned else 1], path)
+        else:
+            plain.export(path, chosen)
+        found = summary(tasks, chosen, rounds, ratio)
+        write_atomic(folder / FACTS, [json.dumps(found, indent=1).encode()])
+        return _without_origin(kept.kernels), _kept(tasks, chosen, path.parent, found) if kept is not plain else ()
 
 
 def _confirmed(
     tasks: Tasks,
-    plain: Build,
-    compiled: Callable[[schedules.Pick], Build],
+    plain: Compiled,
+    compiled: Callable[[schedules.Pick], Compiled],
     runner: Runner,
     say: Callable[[str], None],
-) -> Build | None:
-    """The model with the best choices that are still faster when they are measured again; None if there are none."""
-    picked = [task.kernel.origin for task in tasks.all if task.best != Choice()]
-    if picked:
-        say("measuring the best kernels again")
-        tuned = compiled(tasks.best)
-        before, after = spent([plain, tuned], runner, 2 * _LOADS)
-        chance = [origin for origin in picked if after[origin] > _GAIN_AGAIN * before[origin]]
-        if not chance:
-            return tuned
-        tasks.drop(chance)
-        if len(chance) < len(picked):
-            return compiled(tasks.best)
-    say("tuning found no kernel that is faster")
-    return None
+) -> bool:
+    """Whether the best choices are still faster when they are measured again; those that are not are dropped."""
+    for _ in range(_CONFIRMATIONS):
+        if not (picked := [task.kernel.origin for task in tasks.all if task.best != Choice()]):
+            break
+        say(f"tuning: measuring the best choices for {len(picked)} kernels again")
+        before, after = spent([plain, compiled(tasks.best)], runner, 2 * _LOADS)
+        for origin in picked:
+            tasks.confirm(origin, after[origin] / before[origin])
+    else:
+        picked = [task for task in tasks.all if task.best != Choice()]
+    if not picked:
+        say("tuning found no kernel that is faster")
+    return bool(picked)
 
 
 def _without_origin(kernels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -502,15 +528,8 @@ def compare(feeds: Mapping[str, np.ndarray], tuned: Engine, untuned: Engine) -> 
     return measure.ratio(taken["tuned"], taken["untuned"])
 
 
-def _kept(tasks: Tasks, chosen: Options, folder: Path, ratio: Ratio | None) -> tuple[str, ...]:
-    """Write the records of what a model uses into the folder of its engine."""
-    for name in FILES:
-        (folder / name).unlink(missing_ok=True)
-    records = Records(folder, chosen)
-    for task in tasks.all:
-        if (best := task.best) != Choice():
-            for choice in (Choice(), best):
-                records.add(task.kernel, choice, task.known[choice])
+def summary(tasks: Tasks, chosen: Options, rounds: int = 0, ratio: Ratio | None = None) -> dict[str, Any]:
+    """What was found: :func:`facts`, each kernel with its best choice, how much was tried, and what it is worth."""
     rows = [
         {
             "kernel": task.kernel.call.op.name,
@@ -522,7 +541,19 @@ def _kept(tasks: Tasks, chosen: Options, folder: Path, ratio: Ratio | None) -> t
         }
         for task in tasks.all
     ]
-    found = {**facts(chosen), "kernels": rows, **({"ratio": ratio.as_dict()} if ratio else {})}
+    found = {**facts(chosen), "rounds": rounds, "trials": tasks.tried, "kernels": rows}
+    return {**found, "ratio": ratio.as_dict()} if ratio else found
+
+
+def _kept(tasks: Tasks, chosen: Options, folder: Path, found: Mapping[str, Any]) -> tuple[str, ...]:
+    """Write the records of what a model uses, and what was found, into the folder of its engine."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
+    records = Records(folder, chosen)
+    for task in tasks.all:
+        if (best := task.best) != Choice():
+            for choice in (Choice(), best):
+                records.add(task.kernel, choice, task.known[choice])
     write_atomic(folder / FACTS, [json.dumps(found, indent=1).encode()])
     return FILES
 

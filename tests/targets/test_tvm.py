@@ -10,6 +10,7 @@ import platform
 import shutil
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -275,6 +276,48 @@ def test_cross_compilation_names_its_linker(monkeypatch, tmp_path):
     assert "avx" not in device
 
 
+FAMILIES = {
+    "shvit_cifar": 32,
+    "efficientvit_cifar": 32,
+    "litepose_xs": 64,
+    "damoyolo_ns": 64,
+    "deanet": 64,
+    "repavit_cifar": 32,
+    "repvgg_cifar": 32,
+}
+# instructions of aarch64: mask of the bits that are not registers, and what they are
+SDOT, FMLA = (0xFFE0FC00, 0x4E809400), (0xFFC0F400, 0x4F801000)
+
+
+def instructions(graph: Graph, folder: Path, mcpu: str) -> np.ndarray:
+    """Words of the object file that a graph is compiled to for an ARM board; nothing is linked."""
+    keep = folder / "keep"
+    cases = '-o) shift; made=$1; : > "$made";; *.o) cat "$1" >> "$made";;'
+    keep.write_text(f"#!/bin/sh\nwhile [ $# -gt 0 ]; do case $1 in {cases} esac; shift; done\n")
+    keep.chmod(0o755)
+    given = {**ONE, "mtriple": "aarch64-linux-gnu", "mcpu": mcpu, "linker": str(keep)}
+    engine = TvmTarget().build(graph, folder, given)
+    with pytest.raises(EnvironmentMissing, match="aarch64"):
+        engine.run(oracle.random_feeds(graph.signature().inputs))
+    data = (folder / ENGINE).read_bytes()
+    assert data[:4] == b"\x7fELF" and data[18:20] == b"\xb7\0"  # EM_AARCH64
+    return np.frombuffer(data[: len(data) // 4 * 4], np.uint32)
+
+
+def count(words: np.ndarray, instruction: tuple[int, int]) -> int:
+    mask, value = instruction
+    return int((words & np.uint32(mask) == value).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="the code would run here")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_code_for_an_arm_board_is_compiled_here(name, tmp_path):
+    words = instructions(exported(name, FAMILIES[name]), tmp_path, "cortex-a78")
+    assert count(words, FMLA) > 500
+    assert count(words, SDOT) < 20  # floats that look like one
+
+
 def test_code_for_a_gpu_is_compiled_here_and_runs_elsewhere(built, tmp_path):
     graph, _, _, feeds = built
     engine = TvmTarget().build(graph, tmp_path, {"arch": "sm_87"})
@@ -321,6 +364,12 @@ def exported(name: str, resolution: int) -> Graph:
     return graph
 
 
+def smallest(name: str) -> int:
+    """A resolution at which a model is quick to run: the native one where its attention knows no other."""
+    fixed = models.ZOO[name].module in ("efficientvit", "repavit", "cifar")
+    return models.ZOO[name].resolution if fixed else 128
+
+
 SLOW = pytest.mark.slow
 QUICK = ("efficientvit_cifar", "repavit_cifar", "repvgg_cifar")
 
@@ -330,7 +379,7 @@ QUICK = ("efficientvit_cifar", "repavit_cifar", "repvgg_cifar")
     [
         *((name, 32) for name in QUICK),
         pytest.param("litepose_xs", 64, marks=SLOW),
-        *(pytest.param(name, models.ZOO[name].resolution, marks=SLOW) for name in models.names() if name not in QUICK),
+        *(pytest.param(name, smallest(name), marks=SLOW) for name in models.names() if name not in QUICK),
     ],
 )
 def test_zoo_model_agrees_with_onnx_runtime(name, resolution, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from test_tvm import FAMILIES, SDOT, count, instructions
 
 from edgecompile import calibration, measure, models, oracle, qdq
 from edgecompile.calibration_data import open_data
@@ -456,11 +458,11 @@ def test_kernels_name_their_nodes(tmp_path):
 # -- the zoo -----------------------------------------------------------------------------------------------------------
 
 
-def quantised(name: str, rules: str) -> tuple[Graph, Graph]:
+def quantised(name: str, rules: str, resolution: int = 0) -> tuple[Graph, Graph]:
     """A zoo model of random weights, as floats and calibrated on random numbers."""
-    from test_tvm import exported
+    from test_tvm import exported, smallest
 
-    graph = exported(name, models.ZOO[name].resolution)
+    graph = exported(name, resolution or smallest(name))
     feeds = [dict(oracle.random_feeds(graph.signature().inputs, seed)) for seed in range(2)]
     table = TABLES[rules]
     points = list(place(graph, table).points)
@@ -487,3 +489,14 @@ def test_a_zoo_model_is_as_good_as_its_simulation(name, rules, tmp_path):
     simulated = qdq.snr([reference], [qdq.simulation(made)(feeds)])
     assert found > simulated - 3
     assert any("int8" in layer.name for layer in engine.layers(feeds, 1))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() == "aarch64", reason="the code would run here")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_code_for_an_arm_board_adds_bytes(name, tmp_path):
+    """A Cortex-A76 has the instruction, a Cortex-A72 does without."""
+    made = quantised(name, "tvm", FAMILIES[name])[1]
+    assert count(instructions(made, tmp_path, "cortex-a76"), SDOT) > 200
+    if name == "repvgg_cifar":
+        assert count(instructions(made, tmp_path, "cortex-a72"), SDOT) < 20

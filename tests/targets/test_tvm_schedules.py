@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from edgecompile.targets.tvm import options
-from edgecompile.targets.tvm.schedules import activation, conv, dense, depthwise, tile, transposed, winograd
-from edgecompile.targets.tvm.schedules.tile import Shape, Vectors
+from edgecompile.targets.tvm.schedules import activation, conv, dense, depthwise, moves, tile, transposed, winograd
+from edgecompile.targets.tvm.schedules.tile import Choice, Shape, Vectors
 
 tvm = pytest.importorskip("tvm")
 RNG = np.random.default_rng(0)
@@ -81,6 +82,81 @@ def test_product_of_activations(chosen, left, right, parallel):
         chosen, lambda x, y: dense.batched(x, y, shape.rows, shape.columns), [a, b], wanted.shape, parallel
     )
     np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows_outside", [False, True])
+def test_threads_share_rows_where_columns_are_cut(chosen, rows_outside):
+    """A register tile that is wider than what is left of the columns is a loop of its own, on two threads too."""
+    m, depth, n = 784, 12, 40
+    a, b = random(m, depth), random(depth, n)
+    shape = Shape(5, 3 * have(chosen).lanes if have(chosen).lanes < 16 else 32)
+    packed = dense.pack(b, shape.columns)
+    registers = replace(have(chosen), choice=Choice(rows_outside=rows_outside))
+    for width, uneven in ((n, True), (packed.shape[0] * shape.columns, False)):
+        module, arrays = product_of(a, packed, width, shape.rows)
+        module = tile.schedule(module, registers, parallel=True)
+        text = str(module)
+        assert (tile.APART in text) == uneven
+        result = tvm.runtime.tensor(np.full((m, width), np.nan, np.float32))
+        library = tvm.compile(module, target=tvm.target.Target(dict(chosen.target)))
+        library["main"](*arrays, result)
+        np.testing.assert_allclose(result.numpy()[:, :n], a @ b, rtol=1e-4, atol=1e-5)
+    few, _ = product_of(a[:20], packed, n, shape.rows)
+    assert tile.APART not in str(tile.schedule(few, registers, parallel=True))
+
+
+def product_of(a: np.ndarray, packed: np.ndarray, n: int, rows: int) -> tuple[Any, list[Any]]:
+    """The kernel of a product, not scheduled yet, and its arguments."""
+    from tvm import te
+
+    x, w = (te.placeholder(v.shape, name=f"i{i}") for i, v in enumerate((a, packed)))
+    function = te.create_prim_func([x, w, dense.product(x, w, n, rows)])
+    return tvm.IRModule({"main": function}), [tvm.runtime.tensor(a), tvm.runtime.tensor(packed)]
+
+
+@pytest.mark.parametrize("shape", [(1, 37, 4, 17), (1, 3, 1, 2), (1, 64, 40, 16)])
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("case", ["one scale", "scale by channel", "turned"])
+def test_elements(chosen, shape, parallel, case):
+    """A quantisation, its inverse, and a sum with a tensor whose axes are in another order."""
+    from tvm import te, tirx
+
+    a = random(*shape)
+    b = random(*((shape[0], shape[2], shape[1], shape[3]) if case == "turned" else shape))
+    s = np.abs(random(1, 1, 1, shape[3] if case == "scale by channel" else 1)) + np.float32(0.1)
+    x, y, scale = (te.placeholder(v.shape, name=f"i{i}") for i, v in enumerate((a, b, s)))
+    wide = case == "scale by channel"
+
+    def steps(n: Any, h: Any, w: Any, c: Any) -> Any:
+        return tirx.Cast("int8", tirx.nearbyint(x(n, h, w, c) / scale(0, 0, 0, c if wide else 0)))
+
+    quantised = te.compute(shape, steps, name="steps")
+    result = te.compute(
+        shape,
+        lambda n, h, w, c: (
+            tirx.Cast("float32", quantised(n, h, w, c)) + (y(n, w, h, c) if case == "turned" else y(n, h, w, c))
+        ),
+        name="sum",
+    )
+    module = tvm.IRModule({"main": te.create_prim_func([x, y, scale, result])})
+    done = moves.elements(module, have(chosen), parallel=parallel)
+    size = int(np.prod(shape))
+    assert ("vectorized" in str(done)) == (case == "one scale" and size >= have(chosen).lanes)
+    assert ("parallel" in str(done)) == (parallel and size >= 1 << 14)
+    library = tvm.compile(done, target=tvm.target.Target(dict(chosen.target)))
+    out = tvm.runtime.tensor(np.full(shape, np.nan, np.float32))
+    library["main"](*map(tvm.runtime.tensor, (a, b, s)), out)
+    wanted = np.rint(a / s) + (b.transpose(0, 2, 1, 3) if case == "turned" else b)
+    np.testing.assert_allclose(out.numpy(), wanted, rtol=1e-6)
+
+
+def test_a_sum_over_elements_is_left_alone(chosen):
+    from tvm import te
+
+    x = te.placeholder((40, 16), name="x")
+    k: Any = te.reduce_axis((0, 16), "k")
+    module = tvm.IRModule({"main": te.create_prim_func([x, te.compute((40,), lambda i: te.sum(x[i, k], axis=k))])})
+    assert moves.elements(module, have(chosen), parallel=True) is module
 
 
 CONVOLUTIONS = [  # batch, height, width, in, out, kernel, strides, padding, dilation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +22,10 @@ from edgecompile.pipeline import Context
 from edgecompile.targets.tvm import TvmTarget, options, shift_add
 from edgecompile.targets.tvm.schedules import shift_add as kernels
 from edgecompile.targets.tvm.schedules.tile import Vectors, padded
+from edgecompile.targets.tvm.schedules.views import View
 
 tvm = pytest.importorskip("tvm")
+relax = pytest.importorskip("tvm.relax")
 RNG = np.random.default_rng(0)
 # CPUs that LLVM knows, by the feature that decides.
 CPUS = {"avx512_vnni": "znver4", "avx512f": "skylake-avx512", "avx_vnni": "alderlake", "avx2": "haswell"}
@@ -137,15 +140,17 @@ def test_angular_attention_is_its_formula(feature, tokens, inner, outer):
     q, k = (RNG.standard_normal((2, tokens, inner)).astype(np.float32) for _ in range(2))
     v = RNG.standard_normal((2, tokens, outer)).astype(np.float32)
     limits = [np.full(1, 0.03, np.float32), np.full(1, -0.02, np.float32)]
-    function = kernels.angular(2, tokens, inner, outer, have, parallel=False)
-    (y,) = computed(function, cpu(feature), [q, k, v, *limits], ((2, tokens, outer), "float32"))
+    function = kernels.angular((2,), tokens, inner, outer, have, parallel=False)
+    given = [q.ravel(), k.ravel(), v.ravel(), *limits]
+    (y,) = computed(function, cpu(feature), given, ((2, tokens, outer), "float32"))
 
     def unit(x: np.ndarray) -> np.ndarray:
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
 
     near = (unit(q) > limits[0]) @ ((unit(k) > limits[1]).astype(np.float64).transpose(0, 2, 1) @ v)
     np.testing.assert_allclose(y, unit(v / 2 + near / np.pi), atol=1e-6)
-    assert not kernels.angular_rows(inner + 1, outer, have) and not kernels.angular_rows(inner, outer + 1, have)
+    assert not kernels.angular_fits(inner + 1, outer, have) and not kernels.angular_fits(inner, outer + 1, have)
+    assert not kernels.angular_fits(inner, have.lanes * (have.count // 2 + 1), have)
 
 
 @pytest.mark.parametrize(("mcpu", "there"), [("cortex-a76", [r"\btbl\b", r"\bsdot\b"]), ("cortex-a72", None)])
@@ -282,6 +287,46 @@ def test_angular_attention_runs_in_one_kernel_or_as_its_body(width, limits, said
     graph = built([node], dict.fromkeys("qkv", shape), shape, held, "BinaryAngularAttention")
     error, notes = difference(graph, tmp_path)
     assert error < 1e-5 and said in notes[0]
+
+
+@pytest.mark.parametrize("order", [[2, 0, 3, 1, 4], pytest.param([2, 0, 3, 4, 1], marks=pytest.mark.slow)])
+def test_angular_attention_reads_heads_where_the_projection_put_them(order, tmp_path):
+    """Axes of the projection in the order given, tokens and columns exchanged once more where they are turned."""
+    tokens, heads, width = 10, 2, 16
+    turned = order[-1] == 1
+    held = {"limit": np.full(1, 0.05, np.float32), "split": np.array([1, 1, 1]), "first": np.array([0])}
+    held["parts"] = np.array([1, tokens, 3, heads, width])
+    make = helper.make_node
+    nodes = [
+        make("Reshape", ["x", "parts"], ["r"]),
+        make("Transpose", ["r"], ["t"], perm=order),
+        make("Split", ["t", "split"], [f"{n}_whole" for n in "qkv"], axis=0),
+        *(make("Squeeze", [f"{n}_whole", "first"], [f"{n}_turned" if turned else n]) for n in "qkv"),
+        *(make("Transpose", [f"{n}_turned"], [n], perm=[0, 1, 3, 2]) for n in "qkv" if turned),
+        make("BinaryAngularAttention", [*"qkv", "limit", "limit"], ["y"], domain=ops.DOMAIN, turn=[0, 1, 3, 2]),
+    ]
+    shapes = {"x": [1, tokens, 3 * heads * width]}
+    graph = built(nodes, shapes, [1, heads, tokens, width], held, "BinaryAngularAttention")
+    error, notes = difference(graph, tmp_path)
+    assert error < 1e-5 and "one kernel" in notes[0]
+    symbols = [kernel["symbol"] for kernel in json.loads((tmp_path / "kernels.json").read_text())]
+    assert [name for name in symbols if "transpose" in name or "split" in name] == []
+
+
+def test_rows_that_are_no_rows_are_copied():
+    class Source:
+        ty = relax.TensorType((2, 5, 12), "float32")
+
+    def rows(shape: tuple[int, ...], at: Any) -> kernels.Rows | None:
+        return kernels.Rows.of(View(Source, shape, at))
+
+    assert rows((2, 5, 12), list) == kernels.Rows.dense((2, 5, 12)) == kernels.Rows(120, 0, (60, 12))
+    # Heads 1 and 2 of three, each of four columns.
+    found = rows((2, 2, 5, 4), lambda i: [i[0], i[2], (i[1] + 1) * 4 + i[3]])
+    assert found == kernels.Rows(120, 4, (60, 4, 12))
+    assert found is not None and found.start([1, 1, 2]) == 60 + 2 * 12 + 8
+    assert rows((2, 12, 5), lambda i: [i[0], i[2], i[1]]) is None  # columns are apart
+    assert rows((2, 5, 12), lambda i: [i[0], (i[1] * 2) % 5, i[2]]) is None  # tokens are not evenly spaced
 
 
 def test_codes_that_are_not_constant_are_refused(tmp_path):

@@ -7,7 +7,7 @@ import platform
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +19,9 @@ from edgecompile import oracle, registry
 from edgecompile.errors import InputError
 from edgecompile.graph import Graph, named
 from edgecompile.target import EngineManifest
-from edgecompile.targets.tvm import ENGINE, TvmTarget, options, tune
+from edgecompile.targets.tvm import ENGINE, TvmTarget, lower, options, tune
 from edgecompile.targets.tvm.engine import TvmEngine
-from edgecompile.targets.tvm.schedules import winograd
+from edgecompile.targets.tvm.schedules import conv, dense, tile, transposed, winograd
 from edgecompile.targets.tvm.schedules.tile import Choice
 
 tvm = pytest.importorskip("tvm")
@@ -47,7 +47,8 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setenv("EDGECOMPILE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(tune, "SPACE", SMALL)
     monkeypatch.setattr(tune, "_SESSIONS", 6)
-    monkeypatch.setattr(tune, "_COMPARED_SECONDS", 0.6)
+    monkeypatch.setattr(tune, "_COMPARED_SECONDS", 0.3)
+    monkeypatch.setattr(tune, "_CONFIRMATIONS", 1)
 
 
 @pytest.fixture
@@ -122,9 +123,8 @@ def symbols(folder: Path) -> str:
 def test_a_runner_that_lies_makes_nothing_slower(monkeypatch, tmp_path):
     monkeypatch.setitem(SMALL, "size", (None, 0))
 
-    def lying(built: tune.Build) -> list[float]:
-        direct = "winograd" not in str([kernel["symbol"] for kernel in built.kernels])
-        return [0.5e-3 if direct else 1e-3] * len(built.kernels)
+    def lying(made: tune.Compiled) -> list[tuple[str, float]]:
+        return [(k["symbol"], 1e-3 if "winograd" in k["symbol"] else 0.5e-3) for k in made.kernels]
 
     chosen = options.parse({"threads": 1, "tune": "5m"})
     said: list[str] = []
@@ -166,36 +166,61 @@ def one_of_each() -> Graph:
     return named(Graph.from_proto(model))
 
 
-def test_every_choice_computes_the_same(tmp_path):
-    chosen, graph = options.parse({"threads": 1}), one_of_each()
-    feeds = oracle.random_feeds(graph.signature().inputs)
-    wanted, module = oracle.run(graph, feeds), tune.lower.folded(graph, chosen)
-    manifest, sources = EngineManifest("tvm", (ENGINE,), {}, options.device(chosen)), set()
-    for number, choice in enumerate([
+@pytest.mark.parametrize(
+    "choice",
+    [
         Choice(rank=2, size=2, steps=1, rows_outside=True),
-        Choice(rank=11, size=4, steps=16),
-    ]):  # fmt: skip
-        asked: list[str] = []
+        pytest.param(Choice(rank=11, size=4, steps=16), marks=pytest.mark.slow),
+    ],
+)
+def test_every_choice_computes_the_same_and_only_what_changed_is_compiled(choice, monkeypatch):
+    chosen, graph = options.parse({"threads": 1}), one_of_each()
+    feeds, forms = oracle.random_feeds(graph.signature().inputs), {}
+    wanted, module = oracle.run(graph, feeds), lower.folded(graph, chosen)
+    manifest = EngineManifest("tvm", (ENGINE,), {}, options.device(chosen))
+    asked: list[str] = []
 
-        def pick(kernel, choice=choice, asked=asked) -> Choice:
-            asked.append(kernel.call.op.name)
-            return choice
+    def plainly(kernel) -> Choice:
+        asked.append(kernel.call.op.name)
+        return Choice()
 
-        path = tmp_path / f"{number}.so"
-        kernels = tune.lower.build(graph, chosen, path, None, pick, module)
-        assert len(asked) == sum("origin" in kernel for kernel in kernels) == 5
-        engine = TvmEngine(manifest, chosen, path, graph, kernels)
+    def made_of(pick) -> set[str]:
+        made = lower.varied(plain, module, chosen, pick, forms)
+        engine = TvmEngine(manifest, chosen, made.library, graph, made.kernels)
         assert max(e.max_rel for e in oracle.compare_all(wanted, engine.run(feeds)).values()) < 1e-5
-        sources.add(path.stat().st_size)
-    assert len(sources) == 2  # each choice is other code
+        assert sum("origin" in kernel for kernel in made.kernels) == 5
+        return {kernel["symbol"] for kernel in made.kernels}
+
+    plain = lower.compiled(module, graph, chosen, plainly, forms)
+    before = {kernel["symbol"] for kernel in plain.kernels}
+    assert len(asked) == sum("origin" in kernel for kernel in plain.kernels) == 5
+    assert len(made_of(lambda _: choice) - before) == 5
+    (other,) = made_of(lambda k: Choice(rank=1) if k.call.op.name == "relax.matmul" else Choice()) - before
+    assert "matmul" in other
+
+    def never(*_, **__):
+        raise AssertionError("no weights may be packed")
+
+    for family in (conv, dense, transposed, winograd):
+        monkeypatch.setattr(family, "pack", never)
+    assert made_of(plainly) == before
+    forms = {}
+    with pytest.raises(InputError, match="no weights may be packed"):
+        made_of(plainly)
+
+
+def kernel_of(graph: Graph, chosen) -> tune.Kernel:
+    """The only kernel of a graph that leaves a choice."""
+    kernels: list[tune.Kernel] = []
+    with lower._compiling(chosen):
+        lower._loops(lower.folded(named(graph), chosen), chosen, lambda kernel: kernels.append(kernel) or Choice())
+    (kernel,) = kernels
+    return kernel
 
 
 def test_records_hold_for_one_kind_of_machine_and_survive_what_can_happen(tmp_path):
     chosen, folder = options.parse({"threads": 1}), tmp_path / "records"
-    kernels = []
-    path = tmp_path / ENGINE
-    tune.lower.build(named(network()), chosen, path, None, lambda kernel: kernels.append(kernel) or Choice())
-    (kernel,) = kernels
+    kernel = kernel_of(network(16), chosen)
     known = {Choice(): 2e-3, Choice(size=4): 1e-3}
     records = tune.Records(folder, chosen)
     assert records.of(kernel) == {}
@@ -233,7 +258,7 @@ def test_neighbours_differ_in_one_respect_from_the_fastest(monkeypatch):
 
     space = {"size": (None, 4), "rows_outside": (False, True), "steps": (4,), "rank": (0, 1)}
     monkeypatch.setattr(tune, "SPACE", space)
-    task = tune.Task(tune.Kernel(Call, None, options.parse({"threads": 1})))
+    task = tune.Task(tune.Kernel(Call, None, options.parse({"threads": 1}), tile.Vectors(16, 32)))
     tried = []
     while (choice := task.next()) is not None:
         tried.append(choice)
@@ -245,6 +270,50 @@ def test_neighbours_differ_in_one_respect_from_the_fastest(monkeypatch):
     assert task.best == Choice()  # that is noise
     Call.op.name = "relax.matmul"
     assert task.next() == Choice(size=4, rows_outside=True)  # the size of a tile is tried for convolutions only
+
+
+def test_what_takes_most_is_tried_most(monkeypatch):
+    monkeypatch.setattr(tune, "_TOGETHER", 2)
+    monkeypatch.setattr(tune, "SPACE", {**SMALL, "rank": tuple(range(12))})
+
+    class Call:
+        class op:
+            name = "relax.matmul"
+
+    @dataclass(frozen=True)
+    class Numbered(tune.Kernel):
+        origin: int = 0
+
+    class Nothing:
+        def of(self, _) -> dict:
+            return {}
+
+        def add(self, *_) -> None:
+            pass
+
+    tasks, tried = tune.Tasks(Nothing()), Counter()
+    for origin, seconds in enumerate((1e-3, 8e-3, 3e-3, 1e-6)):
+        tasks.add(Numbered(Call, None, options.parse({"threads": 1}), tile.Vectors(16, 32), origin))
+        tasks.learn(origin, Choice(), seconds)
+    rounds = []
+    while trials := tasks.trials():
+        rounds.append(set(trials))
+        for origin, choice in trials.items():
+            tasks.learn(origin, choice, 1.0)
+            tried[origin] += 1
+    assert rounds[:2] == [{1, 2}] * 2 and 1 in rounds[2] and {0, 1} in rounds
+    assert tried == {0: 11, 1: 11, 2: 11}  # and what takes nothing is not tried at all
+    assert tasks.tried == 33
+
+
+def test_time_that_is_too_short_is_not_exceeded(tmp_path):
+    said: list[str] = []
+    build(tmp_path / "hurried", said.append, tune="0.5s")
+    assert any("leaves no time to search" in text for text in said)
+    assert not (tmp_path / "hurried" / tune.FACTS).exists()
+    facts = json.loads((cache(tmp_path) / tune.FACTS).read_text())
+    assert (facts["rounds"], facts["trials"]) == (0, 0) and len(facts["kernels"]) == 1
+    assert (cache(tmp_path) / tune.RECORDS).read_text() == ""
 
 
 @pytest.mark.parametrize(

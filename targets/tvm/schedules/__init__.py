@@ -6,7 +6,7 @@ schedule of that form is applied. What no family takes keeps TVM's own lowering.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from edgecompile.targets.tvm.schedules import (
     views,
     winograd,
 )
-from edgecompile.targets.tvm.schedules.tile import Choice
+from edgecompile.targets.tvm.schedules.tile import Choice, Vectors
 
 _FAMILIES: Mapping[str, Callable[..., Any]] = {
     "relax.matmul": dense.legalize,
@@ -66,11 +66,13 @@ class Kernel:
         call: the operator of Relax that it computes.
         function: the kernel, not scheduled yet, as it is without a choice.
         chosen: the options.
+        have: the vector registers.
     """
 
     call: Any
     function: Any
     chosen: Options
+    have: Vectors
 
     @property
     def origin(self) -> int:
@@ -90,6 +92,25 @@ class Kernel:
 Pick = Callable[[Kernel], Choice]
 
 
+@dataclass(frozen=True)
+class Form:
+    """What became of an operator with constant weights that no choice was made for.
+
+    Attributes:
+        function: the kernel, not scheduled yet, without marks.
+        marked: the same with the marks of :func:`_chosen`.
+        made: the call of that, whose operands are the operator's first and constants.
+    """
+
+    function: Any
+    marked: Any
+    made: Any
+
+
+Forms = dict[Hashable, Form]
+"""By operator: with these, a model is lowered again in a fraction of the time, and its weights are not packed again."""
+
+
 def layout() -> list:
     """Passes that give the whole graph the layout that the schedules are made for."""
     from tvm import transform as passes
@@ -102,29 +123,73 @@ def layout() -> list:
     ]
 
 
-def legalizations(chosen: Options, pick: Pick | None = None) -> dict[str, Callable[[Any, Any], Any]]:
-    """How Relax is to lower the operators of the families; ``pick`` chooses for each kernel that leaves a choice."""
+def legalizations(
+    chosen: Options, pick: Pick | None = None, forms: Forms | None = None
+) -> dict[str, Callable[[Any, Any], Any]]:
+    """How Relax is to lower the operators of the families.
+
+    Args:
+        chosen: the options.
+        pick: chooses for each kernel that leaves a choice.
+        forms: those known from lowering the same model before, which grow.
+    """
     from tvm.ir import Op
+
+    have = tile.vectors(options.device(chosen))
 
     def of(default: Callable[..., Any]) -> Callable[[Any, Any], Any]:
         def legalize(bb: Any, call: Any) -> Any:
-            ours = _legalized(bb, call, chosen, Choice())
+            key = None if forms is None else _key(call)
+            if forms is not None and (form := forms.get(key)) is not None and pick is not None:
+                kernel = Kernel(call, form.function, chosen, have)
+                choice = pick(kernel)
+                return _again(bb, form, call) if choice == Choice() else _chosen(bb, kernel, choice)
+            ours = _legalized(bb, call, chosen, have)
             if ours is None:
                 return default(bb, call)
             if pick is None or not _has(function := _of(bb, ours), tile.TILE):
                 return ours
-            kernel = Kernel(call, function, chosen)
+            kernel = Kernel(call, function, chosen, have)
             choice = pick(kernel)
-            return _chosen(bb, kernel, choice)
+            made = _chosen(bb, kernel, choice)
+            if forms is not None and key is not None and choice == Choice() and _depends_on(made, call.args[0]):
+                forms[key] = Form(function, _of(bb, made), made)
+            return made
 
         return legalize
 
     return {name: of(Op.get(name).get_attr("FLegalize")) for name in _FAMILIES}
 
 
-def _legalized(bb: Any, call: Any, chosen: Options, choice: Choice) -> Any:
+def _key(call: Any) -> Hashable:
+    """What makes an operator with constant weights another one, None without such."""
+    from tvm.ir import GenericConst
+
+    if len(call.args) != 2 or not isinstance(call.args[1], GenericConst):
+        return None
+    return call.op.name, call.args[1], str(call.args[0].ty), str(call.attrs)  # constants are equal if they are the same
+
+
+def _depends_on(made: Any, x: Any) -> bool:
+    """Whether a kernel's operands are ``x`` and constants."""
+    from tvm.ir import GenericConst
+
+    return all(isinstance(operand, GenericConst) or operand.same_as(x) for operand in made.args[1].fields)
+
+
+def _again(bb: Any, form: Form, call: Any) -> Any:
+    """An operator in a known form."""
+    from tvm import relax
+    from tvm.ir import GenericConst
+
+    made = form.made
+    operands = [o if isinstance(o, GenericConst) else call.args[0] for o in made.args[1].fields]
+    callee = bb.add_func(form.marked, made.args[0].name_hint)
+    return relax.Call(made.op, [callee, relax.Tuple(operands), *made.args[2:]], made.attrs, made.ty_args)
+
+
+def _legalized(bb: Any, call: Any, chosen: Options, have: Vectors) -> Any:
     """An operator in the form that its family gives it, None if it has none."""
-    have = replace(tile.vectors(options.device(chosen)), choice=choice)
     name = call.op.name
     families = [*([winograd.legalize] if chosen.winograd and name == "relax.nn.conv2d" else []), _FAMILIES[name]]
     return next((made for family in families if (made := family(bb, call, have)) is not None), None)
@@ -136,7 +201,7 @@ def _chosen(bb: Any, kernel: Kernel, choice: Choice) -> Any:
     from tvm import relax
     from tvm.s_tir import Schedule
 
-    made = _legalized(bb, kernel.call, kernel.chosen, choice)
+    made = _legalized(bb, kernel.call, kernel.chosen, replace(kernel.have, choice=choice))
     plan: Any = Schedule(tvm.IRModule({"main": _of(bb, made)}))
     marks = {_STEPS: choice.steps, _ROWS_OUTSIDE: int(choice.rows_outside), ORIGIN: kernel.origin}
     for name, value in marks.items():
@@ -171,12 +236,14 @@ def _unmarked(module: Any) -> tuple[Any, Choice]:
 
 
 def apply(module: Any, chosen: Options) -> Any:
-    """Schedule every kernel that has a form of ours."""
+    """Schedule every kernel that has a form of ours, or none but computes each element by itself."""
     import tvm
 
     device = options.device(chosen)
     have, how, parallel = tile.vectors(device), int8.dot(device), chosen.threads > 1
     for name, function in list(module.functions.items()):
+        if function.attrs is not None and "tirx.is_scheduled" in function.attrs:
+            continue
         alone = tvm.IRModule({"main": function})
         own = next((f for f, block in _SCHEDULES if _has(function, block)), None)
         if own is not None:
@@ -184,6 +251,11 @@ def apply(module: Any, chosen: Options) -> Any:
             done = own(alone, replace(have, choice=choice), parallel=parallel)
         elif _has(function, int8.TILE):
             done = int8.schedule(alone, how, parallel=parallel)
+        elif _has(function, "root"):
+            alone = _narrowed(alone)
+            done = moves.elements(alone, have, parallel=parallel)
+            if done is alone:
+                continue
         else:
             continue
         module.update_func(name, done["main"].with_attr("tirx.is_scheduled", True))

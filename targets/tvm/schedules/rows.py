@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from edgecompile.targets.tvm.schedules import tile
 from edgecompile.targets.tvm.schedules.tile import Vectors
 
 STEP = "row_"  # begins the names of the blocks that compute what a row needs
@@ -101,7 +102,7 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
         plan.vectorize(rest)
     plan.vectorize(plan.split(column, [None, step])[1])
     if parallel:
-        plan.parallel(plan.fuse(*lead))
+        plan.parallel(tile.shares(plan, lead, uneven=True)[0])
     return plan.mod
 
 

@@ -13,8 +13,8 @@ and a word is all that is loaded for eight weights of each lane.
   bytes. Operands of the dot instruction are the activations ``x`` in [-127, 127] and, where it wants them unsigned, the
   levels raised by 64: ``sum w x = sum (w + 64) x - 64 sum x``. VPMADDUBSW adds two products in 16 bits and saturates;
   here ``2 * 128 * 127 = 32512 < 2^15``, so it never does.
-- *Angular attention* (:func:`angular`) is linear in the tokens. Its sums of chosen rows run as multiply-adds by 0 or 1,
-  which cost what an addition costs.
+- *Angular attention* (:func:`angular`) is linear in the tokens. Of every four rows that may be added, the 16 possible
+  sums are formed once and looked up.
 - *Narrow weights, integer activations* (:func:`narrow`), where the machine has no instruction that adds four products.
   With ``|w| <= 8`` and ``|x| <= 63``, ``w + 8`` lies in [0, 16], one VPMADDUBSW gives at most ``2 * 16 * 63 = 2016`` in
   magnitude, and 16 of them at most ``32256 < 2^15``: they are added in 16 bits, and widened after every 32 columns.
@@ -22,8 +22,9 @@ and a word is all that is loaded for eight weights of each lane.
 Integer activations are those of :func:`quantised`: per token, symmetric, ``s = max|x| / q``, ``round(x / s)``.
 
 Sources: Park et al., LUT-GEMM, ICLR 2024, section 3; You et al., ShiftAddLLM, NeurIPS 2024, section 4; You et al.,
-ShiftAddViT, NeurIPS 2023, section 4; Intel 64 and IA-32 Architectures Software Developer's Manual, VPERMPS, PSHUFB,
-PMADDUBSW, VPDPBUSD; Arm Architecture Reference Manual, TBL and SDOT.
+ShiftAddViT, NeurIPS 2023, section 4; Arlazarov et al., "On economical construction of the transitive closure of a
+directed graph", Soviet Math. Doklady 1970 (sums of four rows); Intel 64 and IA-32 Architectures Software Developer's
+Manual, VPERMPS, PSHUFB, PMADDUBSW, VPDPBUSD; Arm Architecture Reference Manual, TBL and SDOT.
 """
 
 # TVMScript spells the shapes of buffers as calls in annotations.
@@ -31,12 +32,16 @@ PMADDUBSW, VPDPBUSD; Arm Architecture Reference Manual, TBL and SDOT.
 
 from __future__ import annotations
 
+import math
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from edgecompile.targets.tvm.schedules.tile import Vectors, padded
+from edgecompile.targets.tvm.schedules.views import View, flatten, unflatten
 
 WORD = 8  # codes of a word
 QUAD = 4  # signs that choose one of 16 sums
@@ -184,6 +189,17 @@ def _loop(parallel: bool) -> Any:
     from tvm.script import tirx as T
 
     return T.parallel if parallel else T.serial
+
+
+def _whole(values: Any, kind: str, lanes: int, combine: Callable[[Any, Any], Any] = operator.add) -> Any:
+    """All lanes of a vector, the lower half with the higher, and so on."""
+    from tvm.script import tirx as T
+
+    n = lanes // 2
+    while n > 1:
+        half = f"{kind}x{n}"
+        values, n = combine(T.vectorlow(half, values), T.vectorhigh(half, values)), n // 2
+    return combine(T.Shuffle([values], [0]), T.Shuffle([values], [1]))
 
 
 def _looked_up(how: Lookup) -> Any:
@@ -408,9 +424,7 @@ def quantised(m: int, columns: int, group: int, largest: int, *, parallel: bool)
             most[every] = T.broadcast(T.float32(0), lanes)
             for k in T.serial(whole_lanes):
                 most[every] = T.max(most[every], T.fabs(x[i, T.ramp(k * lanes, 1, lanes)]))
-            top[0] = T.float32(0)
-            for lane in T.unroll(lanes):
-                top[0] = T.max(top[0], most[lane])
+            top[0] = _whole(most[every], "float32", lanes, T.max)
             for k in T.serial(columns - whole_lanes * lanes):
                 top[0] = T.max(top[0], T.fabs(x[i, whole_lanes * lanes + k]))
             steps[i, 0] = top[0] / T.float32(largest)
@@ -433,9 +447,7 @@ def quantised(m: int, columns: int, group: int, largest: int, *, parallel: bool)
                     total[0] += T.Cast(
                         "int32", numbers[i, g * group + T.min(group, columns - g * group) // lanes * lanes + k]
                     )
-                sums[i, g] = T.int32(0)
-                for lane in T.unroll(lanes):
-                    sums[i, g] += total[lane]
+                sums[i, g] = _whole(total[every], "int32", lanes)
 
     return kernel.with_attr(_OPAQUE)
 
@@ -631,127 +643,264 @@ def narrow(m: int, n: int, columns: int, *, parallel: bool) -> Any:
     return kernel.with_attr(_OPAQUE)
 
 
-def angular_rows(inner: int, outer: int, have: Vectors) -> int:
-    """Rows of a tile of :func:`angular`, or 0 where the extents do not fit: half of the registers hold sums."""
-    wide, spare = divmod(outer, have.lanes)
-    rows = min(4, have.count // 2 // wide) if wide else 0
-    return 0 if spare or inner % have.lanes or rows == 0 else max(r for r in (1, 2, 4) if r <= rows)
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a tensor ``[..., tokens, columns]`` lie in memory; each is contiguous.
+
+    Attributes:
+        size: elements of the memory.
+        first: element that the first row begins with.
+        steps: elements between neighbours along each axis but the last.
+    """
+
+    size: int
+    first: int
+    steps: tuple[int, ...]
+
+    @classmethod
+    def dense(cls, shape: Sequence[int]) -> Rows:
+        """Those of a tensor that has the memory for itself."""
+        steps = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape) - 1))
+        return cls(math.prod(shape), 0, steps)
+
+    @classmethod
+    def of(cls, view: View) -> Rows | None:
+        """Those of a view, None where its rows are not contiguous or not evenly spaced."""
+        shape, extents = view.shape, [int(d) for d in view.source.ty.shape]
+        position = np.broadcast_to(flatten(view.at(np.indices(shape, sparse=True)), extents), shape)
+        first, axes = int(position[(0,) * len(shape)]), len(shape)
+        steps = tuple(
+            int(position[(0,) * axis + (1,) + (0,) * (axes - axis - 1)]) - first if shape[axis] > 1 else 0
+            for axis in range(axes)
+        )
+        even = first + sum(step * i for step, i in zip(steps, np.indices(shape, sparse=True), strict=True))
+        if (shape[-1] > 1 and steps[-1] != 1) or not np.array_equal(position, np.broadcast_to(even, shape)):
+            return None
+        return cls(math.prod(extents), first, steps[:-1])
+
+    def start(self, index: Sequence[Any]) -> Any:
+        """Where the row of an index begins."""
+        return sum((i * step for i, step in zip(index, self.steps, strict=True)), start=self.first)
 
 
-def angular(heads: int, tokens: int, inner: int, outer: int, have: Vectors, *, parallel: bool) -> Any:
+_QUAD_SUMS = 1 << QUAD  # sums of some of four rows
+_TABLE = 32 << 10  # bytes of such sums that are held at a time: the first cache of most CPUs
+
+
+def angular_fits(inner: int, outer: int, have: Vectors) -> bool:
+    """Whether :func:`angular` can compute extents: a row of sums takes half of the registers at most."""
+    return inner % have.lanes == outer % have.lanes == 0 and outer // have.lanes <= have.count // 2
+
+
+def angular(
+    lead: Sequence[int],
+    tokens: int,
+    inner: int,
+    outer: int,
+    have: Vectors,
+    *,
+    parallel: bool,
+    rows: Sequence[Rows] | None = None,
+) -> Any:
     """Angular attention with binary queries and keys, head by head.
 
-    ``g = b(k)^T v`` is held in registers by a few rows of ``inner`` at a time; then each token's result is
-    ``v / 2 + (b(q) g) / pi`` over its length. ``x / |x| > t`` is computed as ``x > t |x|``, so that a value within a
-    rounding of its threshold may fall on the other side of it.
+    ``g = b(k)^T v``; then each token's result is ``v / 2 + (b(q) g) / pi`` over its length. Both products add some of
+    four rows at a time: the 16 possible sums are formed once, and four bits are the number of one of them, so that 64
+    multiply-adds become 16 additions. ``x / |x| > t`` is computed as ``x > t |x|``, so that a value within a rounding
+    of its threshold may fall on the other side of it.
 
     Args:
-        heads: matrices of a batch.
-        tokens, inner, outer: extents of q and k ``[heads, tokens, inner]`` and of v ``[heads, tokens, outer]``, for
-            which :func:`angular_rows` is not 0.
+        lead: axes before the tokens, e.g. images and heads.
+        tokens, inner, outer: extents of q and k ``[*lead, tokens, inner]`` and of v ``[*lead, tokens, outer]``, for
+            which :func:`angular_fits` holds.
         have: the vector registers.
         parallel: share the heads among threads.
+        rows: of q, k and v in memory, which may be the same; by default each is dense.
 
     Returns:
-        a function of q, k, v, the two thresholds float32 ``[1]``, and the result.
+        a function of the memory of q, k and v, each float32 in one axis, the two thresholds float32 ``[1]``, and the
+        result float32 ``[heads, tokens, outer]``.
     """
     from tvm.script import tirx as T
 
-    lanes, rows, loop = have.lanes, angular_rows(inner, outer, have), _loop(parallel)
-    wide = outer // lanes
+    q_rows, k_rows, v_rows = rows or [Rows.dense((*lead, tokens, extent)) for extent in (inner, inner, outer)]
+    heads, lanes, loop = math.prod(lead), have.lanes, _loop(parallel)
+    own = heads if parallel else 1  # scratch memory
+    deep, wide, quads = inner // lanes, outer // lanes, padded(tokens, QUAD) // QUAD
+    held = max(1, min(quads, _TABLE // (4 * _QUAD_SUMS * outer)))  # quads of rows of v whose sums are held
+    rounds = -(-quads // held)
+    chunk = max(c for c in range(1, wide + 1) if wide % c == 0 and (c == 1 or _table(inner, c * lanes) <= _TABLE))
+    down, across = (max(1, min(limit, have.count // 2 // of)) for limit, of in ((2, wide), (QUAD, chunk)))
+    table = max(held * _QUAD_SUMS * outer, _table(inner, chunk * lanes) // 4)
     every, zero = T.ramp(0, 1, lanes), T.broadcast(T.float32(0), lanes)
-    blocks = padded(tokens, rows) // rows
+    # In each group of four lanes the bits 1, 2, 4, 8.
+    bit = T.shift_left(T.broadcast(T.int32(1), lanes), T.bitwise_and(every, T.broadcast(T.int32(3), lanes)))
 
-    def above(values: Any, limit: Any) -> Any:
-        one = T.broadcast(T.float32(1), lanes)
-        return T.Select(values > T.broadcast(limit, lanes), one, zero)
+    def here(of: Rows, h: Any, t: Any, c: Any) -> Any:
+        """Where a vector lies; a token beyond the last is the last."""
+        start = of.start([*unflatten(h, lead), T.min(t, tokens - 1) if tokens % QUAD else t])
+        return T.ramp(start + c * lanes, 1, lanes)
+
+    def marked(values: Any, limit: Any, mark: Any) -> Any:
+        """``mark`` in the lanes that exceed a limit."""
+        return T.Select(values > T.broadcast(limit, lanes), mark, T.broadcast(T.int32(0), lanes))
+
+    def numbers(marks: Any) -> Any:
+        """The sum of the marks of each four lanes."""
+        n = lanes // QUAD
+        kind, spread, top = f"int32x{n}", T.broadcast(T.int32(0x01010101), n), T.broadcast(T.int32(24), n)
+        if n == 1:
+            kind, spread, top = "int32", T.int32(0x01010101), T.int32(24)
+        four = T.reinterpret(T.Cast(f"int8x{lanes}", marks), dtype=kind)
+        return T.Cast(f"uint8x{n}" if n > 1 else "uint8", T.shift_right(four * spread, top))
 
     @T.prim_func(s_tir=True)
     def kernel(
-        q: T.Buffer((heads, tokens, inner), "float32"),
-        k: T.Buffer((heads, tokens, inner), "float32"),
-        v: T.Buffer((heads, tokens, outer), "float32"),
+        q: T.Buffer((q_rows.size,), "float32"),
+        k: T.Buffer((k_rows.size,), "float32"),
+        v: T.Buffer((v_rows.size,), "float32"),
         q_threshold: T.Buffer((1,), "float32"),
         k_threshold: T.Buffer((1,), "float32"),
         y: T.Buffer((heads, tokens, outer), "float32"),
     ) -> None:
         T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
-        keys = T.sblock_alloc_buffer((heads, tokens, inner), "float32")
-        state = T.sblock_alloc_buffer((heads, inner, outer), "float32")
-        query = T.sblock_alloc_buffer((heads, rows, inner), "float32")
-        squares = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        state = T.sblock_alloc_buffer((own, inner, outer), "float32")
+        sums = T.sblock_alloc_buffer((own, table), "float32")
+        given = T.sblock_alloc_buffer((own, held, inner), "uint8")
+        asked = T.sblock_alloc_buffer((own, quads * QUAD, inner // QUAD), "uint8")
+        squares = T.sblock_alloc_buffer((own, quads * QUAD, lanes), "float32")
+        square = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
+        limit = T.sblock_alloc_buffer((QUAD,), "float32", scope="local")
+        marks = T.sblock_alloc_buffer((lanes,), "int32", scope="local")
+        low = T.sblock_alloc_buffer((4, lanes), "float32", scope="local")
+        high = T.sblock_alloc_buffer((4, lanes), "float32", scope="local")
+        part = T.sblock_alloc_buffer((down, wide, lanes), "float32", scope="local")
+        near = T.sblock_alloc_buffer((across, chunk, lanes), "float32", scope="local")
         length = T.sblock_alloc_buffer((1,), "float32", scope="local")
-        part = T.sblock_alloc_buffer((rows, wide, lanes), "float32", scope="local")
-        near = T.sblock_alloc_buffer((rows, wide, lanes), "float32", scope="local")
-        total = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
-        size = T.sblock_alloc_buffer((1,), "float32", scope="local")
-        other = T.sblock_alloc_buffer((lanes,), "float32", scope="local")
-        reach = T.sblock_alloc_buffer((1,), "float32", scope="local")
         for h in loop(heads):
+            for d in T.serial(inner):
+                for c in T.unroll(wide):
+                    state[h % own, d, T.ramp(c * lanes, 1, lanes)] = zero
+            for r in T.serial(rounds):
+                for p in T.serial(T.min(held, quads - r * held)):
+                    for i in T.unroll(QUAD):
+                        square[every] = zero
+                        for c in T.unroll(deep):
+                            square[every] += (
+                                k[here(k_rows, h, (r * held + p) * QUAD + i, c)]
+                                * k[here(k_rows, h, (r * held + p) * QUAD + i, c)]
+                            )
+                        limit[i] = T.if_then_else(
+                            (r * held + p) * QUAD + i < tokens,
+                            T.sqrt(_whole(square[every], "float32", lanes)) * k_threshold[0],
+                            T.max_value("float32"),
+                        )
+                    for c in T.unroll(deep):
+                        marks[every] = T.broadcast(T.int32(0), lanes)
+                        for i in T.unroll(QUAD):
+                            marks[every] += marked(
+                                k[here(k_rows, h, (r * held + p) * QUAD + i, c)],
+                                limit[i],
+                                T.broadcast(T.shift_left(T.int32(1), i), lanes),
+                            )
+                        given[h % own, p, T.ramp(c * lanes, 1, lanes)] = T.Cast(f"uint8x{lanes}", marks[every])
+                    for c in T.unroll(wide):
+                        for i in T.unroll(2):
+                            low[1 + i, every] = v[here(v_rows, h, (r * held + p) * QUAD + i, c)]
+                            high[1 + i, every] = v[here(v_rows, h, (r * held + p) * QUAD + 2 + i, c)]
+                        low[0, every] = zero
+                        high[0, every] = zero
+                        low[3, every] = low[1, every] + low[2, every]
+                        high[3, every] = high[1, every] + high[2, every]
+                        for i in T.unroll(4):
+                            for j in T.unroll(4):
+                                sums[h % own, T.ramp((p * _QUAD_SUMS + i * 4 + j) * outer + c * lanes, 1, lanes)] = (
+                                    low[j, every] + high[i, every]
+                                )
+                for d in T.serial(inner // down):
+                    for i in T.unroll(down):
+                        for c in T.unroll(wide):
+                            part[i, c, every] = state[h % own, d * down + i, T.ramp(c * lanes, 1, lanes)]
+                    for p in T.serial(T.min(held, quads - r * held)):
+                        for i in T.unroll(down):
+                            for c in T.unroll(wide):
+                                part[i, c, every] += sums[
+                                    h % own,
+                                    T.ramp(
+                                        (p * _QUAD_SUMS + T.Cast("int32", given[h % own, p, d * down + i])) * outer
+                                        + c * lanes,
+                                        1,
+                                        lanes,
+                                    ),
+                                ]
+                    for i in T.unroll(down):
+                        for c in T.unroll(wide):
+                            state[h % own, d * down + i, T.ramp(c * lanes, 1, lanes)] = part[i, c, every]
+            for o in T.serial(quads):
+                for i in T.unroll(QUAD):
+                    square[every] = zero
+                    for c in T.unroll(deep):
+                        square[every] += q[here(q_rows, h, o * QUAD + i, c)] * q[here(q_rows, h, o * QUAD + i, c)]
+                    limit[i] = T.sqrt(_whole(square[every], "float32", lanes)) * q_threshold[0]
+                for i in T.unroll(QUAD):
+                    for c in T.unroll(deep):
+                        asked[h % own, o * QUAD + i, T.ramp(c * (lanes // QUAD), 1, lanes // QUAD)] = numbers(
+                            marked(q[here(q_rows, h, o * QUAD + i, c)], limit[i], bit)
+                        )
+                    squares[h % own, o * QUAD + i, every] = zero
+            for s in T.serial(wide // chunk):
+                for p in T.serial(inner // QUAD):
+                    for c in T.unroll(chunk):
+                        for i in T.unroll(2):
+                            low[1 + i, every] = state[h % own, p * QUAD + i, T.ramp((s * chunk + c) * lanes, 1, lanes)]
+                            high[1 + i, every] = state[
+                                h % own, p * QUAD + 2 + i, T.ramp((s * chunk + c) * lanes, 1, lanes)
+                            ]
+                        low[0, every] = zero
+                        high[0, every] = zero
+                        low[3, every] = low[1, every] + low[2, every]
+                        high[3, every] = high[1, every] + high[2, every]
+                        for i in T.unroll(4):
+                            for j in T.unroll(4):
+                                sums[h % own, T.ramp(((p * _QUAD_SUMS + i * 4 + j) * chunk + c) * lanes, 1, lanes)] = (
+                                    low[j, every] + high[i, every]
+                                )
+                for o in T.serial(quads * QUAD // across):
+                    for i in T.unroll(across):
+                        for c in T.unroll(chunk):
+                            near[i, c, every] = zero
+                    for p in T.serial(inner // QUAD):
+                        for i in T.unroll(across):
+                            for c in T.unroll(chunk):
+                                near[i, c, every] += sums[
+                                    h % own,
+                                    T.ramp(
+                                        (
+                                            (p * _QUAD_SUMS + T.Cast("int32", asked[h % own, o * across + i, p]))
+                                            * chunk
+                                            + c
+                                        )
+                                        * lanes,
+                                        1,
+                                        lanes,
+                                    ),
+                                ]
+                    for i in T.unroll(across):
+                        if o * across + i < tokens:
+                            for c in T.unroll(chunk):
+                                near[i, c, every] = v[here(v_rows, h, o * across + i, s * chunk + c)] * T.broadcast(
+                                    T.float32(0.5), lanes
+                                ) + near[i, c, every] * T.broadcast(T.float32(0.31830987), lanes)
+                                squares[h % own, o * across + i, every] += near[i, c, every] * near[i, c, every]
+                                y[h, o * across + i, T.ramp((s * chunk + c) * lanes, 1, lanes)] = near[i, c, every]
             for t in T.serial(tokens):
-                squares[every] = zero
-                for c in T.unroll(inner // lanes):
-                    squares[every] += k[h, t, T.ramp(c * lanes, 1, lanes)] * k[h, t, T.ramp(c * lanes, 1, lanes)]
-                length[0] = T.float32(0)
-                for lane in T.unroll(lanes):
-                    length[0] += squares[lane]
-                length[0] = T.sqrt(length[0]) * k_threshold[0]
-                for c in T.unroll(inner // lanes):
-                    keys[h, t, T.ramp(c * lanes, 1, lanes)] = above(k[h, t, T.ramp(c * lanes, 1, lanes)], length[0])
-            for d in T.serial(inner // rows):
-                for i in T.unroll(rows):
-                    for c in T.unroll(wide):
-                        part[i, c, every] = zero
-                for t in T.serial(tokens):
-                    for i in T.unroll(rows):
-                        for c in T.unroll(wide):
-                            part[i, c, every] += (
-                                T.broadcast(keys[h, t, d * rows + i], lanes) * v[h, t, T.ramp(c * lanes, 1, lanes)]
-                            )
-                for i in T.unroll(rows):
-                    for c in T.unroll(wide):
-                        state[h, d * rows + i, T.ramp(c * lanes, 1, lanes)] = part[i, c, every]
-            for o in T.serial(blocks):
-                for i in T.serial(rows):
-                    other[every] = zero
-                    for c in T.unroll(inner // lanes):
-                        other[every] += (
-                            q[h, T.min(o * rows + i, tokens - 1), T.ramp(c * lanes, 1, lanes)]
-                            * q[h, T.min(o * rows + i, tokens - 1), T.ramp(c * lanes, 1, lanes)]
-                        )
-                    reach[0] = T.float32(0)
-                    for lane in T.unroll(lanes):
-                        reach[0] += other[lane]
-                    reach[0] = T.sqrt(reach[0]) * q_threshold[0]
-                    for c in T.unroll(inner // lanes):
-                        query[h, i, T.ramp(c * lanes, 1, lanes)] = above(
-                            q[h, T.min(o * rows + i, tokens - 1), T.ramp(c * lanes, 1, lanes)], reach[0]
-                        )
-                for i in T.unroll(rows):
-                    for c in T.unroll(wide):
-                        near[i, c, every] = zero
-                for d in T.serial(inner):
-                    for i in T.unroll(rows):
-                        for c in T.unroll(wide):
-                            near[i, c, every] += (
-                                T.broadcast(query[h, i, d], lanes) * state[h, d, T.ramp(c * lanes, 1, lanes)]
-                            )
-                for i in T.unroll(rows):
-                    total[every] = zero
-                    for c in T.unroll(wide):
-                        near[i, c, every] = v[
-                            h, T.min(o * rows + i, tokens - 1), T.ramp(c * lanes, 1, lanes)
-                        ] * T.broadcast(T.float32(0.5), lanes) + near[i, c, every] * T.broadcast(
-                            T.float32(0.31830987), lanes
-                        )
-                        total[every] += near[i, c, every] * near[i, c, every]
-                    size[0] = T.float32(0)
-                    for lane in T.unroll(lanes):
-                        size[0] += total[lane]
-                    size[0] = T.sqrt(size[0])
-                    for c in T.unroll(wide):
-                        y[h, T.min(o * rows + i, tokens - 1), T.ramp(c * lanes, 1, lanes)] = near[
-                            i, c, every
-                        ] / T.broadcast(size[0], lanes)
+                length[0] = T.float32(1) / T.sqrt(_whole(squares[h % own, t, every], "float32", lanes))
+                for c in T.unroll(wide):
+                    y[h, t, T.ramp(c * lanes, 1, lanes)] *= T.broadcast(length[0], lanes)
 
     return kernel.with_attr(_OPAQUE)
+
+
+def _table(inner: int, columns: int) -> int:
+    """Bytes of the sums of all quads of ``inner`` rows."""
+    return 4 * inner // QUAD * _QUAD_SUMS * columns

@@ -24,6 +24,7 @@ APART = "pragma_loop_partition_hint"  # lets TVM compile iterations at the edge 
 _FUSES_WHAT_FOLLOWS, _OPAQUE = 4, 8  # of tvm::relax::OpPatternKind
 _LATENCY = 8  # multiply-adds that must be under way to hide their latency: 4 cycles, two per cycle
 _STORE = 4  # steps that writing one vector of results costs
+_SHARES = 16  # into which rows are divided at least, so that a few threads have about as many each
 _T = TypeVar("_T")
 
 
@@ -186,15 +187,49 @@ def arrange(
     uneven = int(plan.get(column).extent) % extents[-1]
     row_tile, row = plan.split(row, [None, extents[-2]])
     column_tile, column = plan.split(column, [None, extents[-1]])
-    if uneven and not parallel:
-        plan.annotate(column_tile, APART, True)
-    tiles = [*lines, row_tile, column_tile] if rows_outside or len(extents) == 5 else [column_tile, *lines, row_tile]
+    rows_outside = rows_outside or len(extents) == 5
+    tiles = [*lines, row_tile, column_tile] if rows_outside else [column_tile, *lines, row_tile]
+    uneven = uneven and not (parallel and _extent(plan, [*head, *lines, row_tile]) < _SHARES)
+    if parallel and uneven:  # what is shared cannot be cut into parts: threads share the rows
+        share, *rest = shares(plan, [*head, *lines, row_tile])
+        head, tiles = [share], [*rest, column_tile] if rows_outside else [column_tile, *rest]
     plan.reorder(*head, *tiles, row, column)
     plan.compute_at(tile, tiles[-1], preserve_unit_loops=True)
     plan.set_scope(tile, 0, "local")
+    if uneven:
+        plan.annotate(column_tile, APART, True)
     if parallel:
-        plan.parallel(plan.fuse(*head, *tiles))
+        plan.parallel(head[0] if uneven else shares(plan, [*head, *tiles])[0])
     return plan, tile, len(extents), row, column
+
+
+def shares(plan: Any, loops: Sequence[Any], *, uneven: bool = False) -> list[Any]:
+    """Loops over shares of what loops go through, for threads, and those within a share.
+
+    A share of one iteration would allocate what the iteration needs each time, where a loop within it does so once.
+
+    Args:
+        plan: the schedule.
+        loops: one within the other.
+        uneven: the last share may be smaller, where blocks can afford to ask; else shares are equal.
+    """
+    count, outer, rest = 1, [], list(loops)
+    while rest and count < _SHARES:
+        loop = rest.pop(0)
+        extent = _extent(plan, [loop])
+        part = min(-(-_SHARES // count), extent)
+        if not uneven:
+            part = next(d for d in range(part, extent + 1) if extent % d == 0)
+        if part < extent:
+            loop, within = plan.split(loop, [part, None])
+            rest.insert(0, within)
+        outer.append(loop)
+        count *= part
+    return [plan.fuse(*outer), *rest]
+
+
+def _extent(plan: Any, loops: Sequence[Any]) -> int:
+    return math.prod(int(plan.get(loop).extent) for loop in loops)
 
 
 def prepare(plan: Any, names: Sequence[str], have: Vectors, *, parallel: bool) -> None:

@@ -14,7 +14,7 @@ from test_widths import Formula
 from edgecompile import calibration_data, oracle, pruning
 from edgecompile.cli import main
 from edgecompile.errors import InputError, PassError
-from edgecompile.graph import Graph
+from edgecompile.graph import Graph, Provenance
 from edgecompile.passes.prune import Prune
 from edgecompile.passes.prune.dependency import groups
 from edgecompile.passes.prune.plan import Plan
@@ -113,6 +113,19 @@ def test_what_is_skipped_stays_whole():
     free = chain()
     run(free, "prune{params=0.8,align=1}")
     assert free.constants() and any(n.startswith("d.w") and v.shape[0] < 24 for n, v in free.constants().items())
+
+
+@pytest.mark.parametrize(
+    "skip, whole",
+    [("net", True), ("net.one", True), ("net.two.*", True), ("one", False), ("net.on", False), ("conv", False)],
+)
+def test_a_module_is_skipped_by_any_of_its_paths_and_their_parents(skip: str, whole: bool):
+    graph = chain()
+    conv = next(n for n in graph.nodes if n.name == "b")
+    conv.provenance = Provenance(modules=("net.one.conv", "net.two.conv", "net.three.conv"))  # as of merged branches
+    report = made(run(graph, f'prune{{params=0.8,align=1,skip="{skip}"}}'))
+    reasons = {g.reason for g in report.groups if g.name in ("b", "net.*")}
+    assert reasons == {"it is skipped" if whole else ""}
 
 
 def test_the_groups_that_stay_whole_are_named_with_their_reasons():
