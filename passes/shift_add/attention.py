@@ -343,7 +343,7 @@ def write(graph: Graph, one: Attention, form: str, threshold: str, known: Statis
     if form == "angular":
         result = added("Mul", [result, graph.new_constant(f"{hint}_length", known.length)])
         if known.taps.size:
-            result = added("Add", [result, _convolved(graph, added, operands[2], known.taps, hint)])
+            result = added("Add", [result, _convolved(graph, added, operands[2], rank, known.taps, hint)])
     if one.result_turned:
         result = added("Transpose", [result], perm=turn)
     ops.declare(graph, name)
@@ -370,12 +370,12 @@ def _unwindowed(graph: Graph, added, bias: Bias, q: Tensor) -> Tensor:
     return added("Reshape", [whole, ints(-1, heads, *pair)])
 
 
-def _convolved(graph: Graph, added, v: Tensor, taps: np.ndarray, hint: str) -> Tensor:
+def _convolved(graph: Graph, added, v: Tensor, rank: int, taps: np.ndarray, hint: str) -> Tensor:
     """Values convolved along the tokens, one kernel for each head; without heads, all of them are one."""
     heads, window = taps.shape
     kernel = graph.new_constant(f"{hint}_taps", taps.reshape(heads, 1, window, 1))
     place = {"group": heads, "kernel_shape": [window, 1], "pads": [window // 2, 0, window // 2, 0]}
-    if len(v.shape) == 4:
+    if rank == 4:
         return added("Conv", [v, kernel], **place)
     axis = graph.new_constant("axis", np.asarray([1], np.int64))
     return added("Squeeze", [added("Conv", [added("Unsqueeze", [v, axis]), kernel], **place), axis])

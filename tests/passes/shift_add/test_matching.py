@@ -279,3 +279,19 @@ def test_a_window_of_values_leaves_the_least_error(window):
             np.testing.assert_allclose(found[:, head].reshape(-1), system @ best, rtol=1e-3, atol=1e-4)
         else:
             assert np.square(found[:, head].reshape(-1) - target).sum() > np.square(system @ best - target).sum()
+
+
+def test_values_whose_tokens_are_the_last_axis_have_the_same_window():
+    rng = np.random.default_rng(3)
+    head = "(float[2,6,9] q, float[2,6,9] k, float[2,{}] v) => (float[2,{}] y) {{ t = Transpose <perm=[0,2,1]> (q) "
+    head += "s = MatMul (t, k) p = Softmax (s) "
+    plain = graph_of(head.format("9,4", "9,4") + "y = MatMul (p, v) }")
+    turned = graph_of(head.format("4,9", "4,9") + "r = Transpose <perm=[0,2,1]> (p) y = MatMul (v, r) }")
+    shapes = {"q": (2, 6, 9), "k": (2, 6, 9), "v": (2, 9, 4)}
+    given = [{n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()} for _ in range(4)]
+    swapped = [{**f, "v": np.ascontiguousarray(f["v"].swapaxes(1, 2))} for f in given]
+    for graph, seen in ((plain, given), (turned, swapped)):
+        assert len(_run(graph, seen, attention="angular", window=3).rewrites) == 1
+    expected, found = oracle.run(plain, given[0])["y"], oracle.run(turned, swapped[0])["y"]
+    np.testing.assert_allclose(found.swapaxes(1, 2), expected, rtol=1e-4, atol=1e-6)
+    assert any(n.op == "Conv" for n in turned.nodes)
