@@ -38,7 +38,7 @@ from edgecompile.frontend import Source
 from edgecompile.graph import Graph
 from edgecompile.oracle import OutputError, Outputs
 from edgecompile.pipeline import ANY_DROP, Drop, Pipeline, Step, Trace
-from edgecompile.target import Engine, EngineManifest, LayerTime, Target
+from edgecompile.target import BoardTarget, Engine, EngineManifest, LayerTime, Target
 
 if TYPE_CHECKING:
     from edgecompile.calibration_data import CalibrationData, Preprocess
@@ -327,7 +327,7 @@ def _build(
                 layers = engine.layers(source.feeds[0])
                 saved = _saved(target, arms, stages, trace, layers, source.feeds[0])
         warnings = [f"{instead_of.why}; this is fp32 (--force keeps {instead_of.precision})"] if instead_of else []
-        warnings += [text for text in (unchanged, elsewhere, *getattr(target, "notes", ())) if text]
+        warnings += [text for text in (unchanged, elsewhere, *target.notes) if text]
         if data is not None and data.random:
             warnings.append("the ranges come from random numbers, which say nothing about the accuracy on real data")
         slower = _slower(dict(latency), stages, layers, options)
@@ -354,7 +354,7 @@ def _build(
             layers=layers,
             saved=saved,
             engine=engine.manifest,
-            machine=getattr(target, "machine", measure.machine)(),
+            machine=target.machine(),
             seconds=clock.seconds,
             files=[folder / f for f in (*files, *engine.manifest.files)],
             warnings=warnings,
@@ -575,13 +575,10 @@ def _measure(
 ) -> list[tuple[str, measure.Samples]]:
     """Time all arms, interleaved; on a board, where there is one, whose clock only the target can read."""
     feeds: Outputs = source.feeds[0]
-    if options.device:
-        board: Any = target
-        return list(
-            board.measured(
-                arms, feeds, options.seconds / len(arms), options.seed, lambda done: say(f"measuring, {done:.0%}")
-            ).items()
-        )
+    if isinstance(target, BoardTarget):
+        seconds = options.seconds / len(arms)
+        taken = target.measured(arms, feeds, seconds, options.seed, lambda done: say(f"measuring, {done:.0%}"))
+        return list(taken.items())
     order = random.Random(options.seed)
 
     @contextlib.contextmanager

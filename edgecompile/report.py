@@ -468,6 +468,7 @@ class Report:
             for a in self.export
             if not a.ok
         ]
+        lines += [Line("info", "The engine:", str(note)) for note in self.engine.options.get("_notes", ())]
         return tuple(lines)
 
     def _parity_line(self, text) -> Line:

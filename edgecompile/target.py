@@ -18,6 +18,7 @@ from edgecompile.errors import EnvironmentMissing, InputError
 
 if TYPE_CHECKING:
     from edgecompile.graph import Graph
+    from edgecompile.measure import Samples
 
 
 @dataclass(frozen=True)
@@ -147,6 +148,15 @@ class Target(ABC):
             InputError: an option is unknown or cannot be used.
         """
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What a reader of figures from this target should know."""
+        return ()
+
+    def machine(self) -> dict[str, Any]:
+        """What its engines run on, as :func:`edgecompile.measure.machine` tells."""
+        return measure.machine()
+
     def approximates(self, graph: Graph, options: Mapping[str, Any]) -> str:
         """The option, as ``NAME=VALUE``, by which an engine of ``graph`` may compute another function; ``""``: none.
 
@@ -239,3 +249,26 @@ def read_size(name: str, value: Any) -> int:
     if size <= 0:
         raise InputError(f"{name}={value} is not a size", "give bytes, or a number with KiB, MiB or GiB")
     return size
+
+
+class BoardTarget(Target):
+    """A target whose engines run on a board, which has a clock of its own."""
+
+    @abstractmethod
+    def measured(
+        self,
+        arms: Mapping[str, tuple[Graph, Path, EngineManifest]],
+        feeds: Mapping[str, np.ndarray],
+        seconds: float,
+        seed: int,
+        progress: Callable[[float], object],
+    ) -> dict[str, Samples]:
+        """Engines, by name, timed interleaved on the board in sessions that open them anew.
+
+        Args:
+            arms: graph, folder and manifest of each.
+            feeds: inputs of all of them.
+            seconds: wall time per arm, over all sessions.
+            seed: of the order.
+            progress: told the share that is done.
+        """

@@ -458,6 +458,14 @@ def test_the_verdict_of_a_good_build():
     assert "model.py:42" in export[1]
 
 
+def test_what_the_engine_says_of_itself_comes_last():
+    made = full()
+    assert not any("The engine:" in text for _, text in _said(made))
+    options = {**made.engine.options, "_notes": ["DLA: 71 of 83 layers, 4 islands"]}
+    noted = dataclasses.replace(made, engine=dataclasses.replace(made.engine, options=options))
+    assert _said(noted) == [*_said(made), ("info", "The engine: DLA: 71 of 83 layers, 4 islands")]
+
+
 @pytest.mark.parametrize("wrong", [2e-4, math.inf, math.nan])
 def test_the_verdict_names_the_wrong_output(wrong: float):
     outputs = {"fine": OutputError(0.0, 0.0, 1.0, math.inf), "wrong": OutputError(wrong, wrong, 0.0, 0.0)}

@@ -67,8 +67,9 @@ class TvmTarget(Target):
         if chosen.tune is None and not chosen.tuning:
             kernels = lower.build(source, chosen, folder / ENGINE, say)
         else:
-            kernels, files = tune.build(source, chosen, folder / ENGINE, opened, say)
-            manifest = replace(manifest, files=(*manifest.files, *files))
+            tuned = tune.build(source, chosen, folder / ENGINE, opened, say)
+            kernels, recorded = tuned.kernels, {**recorded, "_notes": [tuned.note]}
+            manifest = replace(manifest, files=(*manifest.files, *tuned.files), options=recorded)
         write_atomic(folder / KERNELS, [json.dumps(kernels, indent=0).encode()])
         return opened(folder / ENGINE, kernels)
 

@@ -94,6 +94,7 @@ def parse(given: Mapping[str, Any]) -> Options:
     Raises:
         InputError: an option is unknown or has no such value.
     """
+    given = {name: value for name, value in given.items() if not name.startswith("_")}  # those are remarks
     for name in given:
         if name not in OPTIONS:
             raise InputError(

@@ -48,7 +48,7 @@ from edgecompile.fingerprint import Fingerprint
 from edgecompile.graph import Graph
 from edgecompile.measure import Samples
 from edgecompile.remote import Place, clean
-from edgecompile.target import Capability, Engine, EngineManifest, LayerTime
+from edgecompile.target import BoardTarget, Capability, Engine, EngineManifest, LayerTime
 from edgecompile.targets.tvm import ENGINE, TvmTarget, runtime
 from edgecompile.targets.tvm import options as tvm_options
 
@@ -602,7 +602,7 @@ class RpcEngine(Engine):
         return []
 
 
-class RpcTarget(TvmTarget):
+class RpcTarget(TvmTarget, BoardTarget):
     """The target ``tvm`` for the boards of a farm."""
 
     def __init__(self, farm: Farm):
@@ -637,15 +637,7 @@ class RpcTarget(TvmTarget):
         seed: int,
         progress: Callable[[float], object],
     ) -> dict[str, Samples]:
-        """Engines, by name, timed interleaved on one board in sessions that open them anew.
-
-        Args:
-            arms: graph, folder and manifest of each.
-            feeds: inputs of all of them.
-            seconds: wall time per arm, over all sessions.
-            seed: of the order.
-            progress: told the share that is done.
-        """
+        """See :meth:`edgecompile.target.BoardTarget.measured`."""
         libraries = {name: Library.of(place / ENGINE, made, graph) for name, (graph, place, made) in arms.items()}
         inputs = dict.fromkeys(arms, feeds)
         runs = []

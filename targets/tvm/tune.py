@@ -414,6 +414,22 @@ def _unbuildable(tasks: Tasks, trials: Mapping[int, Choice]) -> list[int]:
 # -- a build -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Tuned:
+    """A tuned build.
+
+    Attributes:
+        kernels: as ``lower.build`` returns them.
+        files: names of what was written beside the library: the records that make it again, none if the cost models'
+            choice was best.
+        note: what tuning came to, for people.
+    """
+
+    kernels: Sequence[Mapping[str, Any]]
+    files: tuple[str, ...]
+    note: str
+
+
 def build(
     graph: Graph,
     chosen: Options,
@@ -421,17 +437,13 @@ def build(
     opened: Opened,
     say: Callable[[str], None] | None = None,
     runner: Runner | None = None,
-) -> tuple[list[dict[str, Any]], tuple[str, ...]]:
+) -> Tuned:
     """Compile ``graph`` with the kernels that tuning finds, or has found.
 
     Args:
         graph, chosen, path, say: as for :func:`edgecompile.targets.tvm.lower.build`; ``chosen`` asks for tuning.
         opened: makes an engine.
         runner: runs models, by default in this process.
-
-    Returns:
-        the kernels as ``lower.build`` returns them, and the names of the further files written beside ``path``: the
-        records that make this library again, none if the cost models' choice was best.
 
     Raises:
         InputError: as ``lower.build``; the records cannot be used; another search runs; or kernels compiled for another
@@ -443,7 +455,8 @@ def build(
         module = lower.folded(graph, chosen, say)
         made = lower.compiled(module, graph, chosen, lambda kernel: tasks.add(kernel) or tasks.best(kernel))
         made.export(path, chosen)
-        return _without_origin(made.kernels), _kept(tasks, chosen, path.parent, summary(tasks, chosen))
+        files = _kept(tasks, chosen, path.parent, summary(tasks, chosen))
+        return Tuned(_without_origin(made.kernels), files, f"{_changed(tasks)}, by the records of {chosen.tuning}")
     if not chosen.runs_here:
         raise InputError(
             "kernels for another machine cannot be timed here",
@@ -474,15 +487,28 @@ def build(
             for made, place in zip((tuned, plain), places, strict=True):
                 made.export(place, chosen)
             ratio = compare(feeds, *(opened(p, m.kernels) for m, p in zip((tuned, plain), places, strict=True)))
-            shown = f"tuning: {ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) of the untuned time"
             kept = tuned if ratio.high < 1 else plain
-            tell(shown if kept is tuned else f"{shown} is not faster for certain, the untuned engine is kept")
+            untuned = "" if kept is tuned else " is not faster for certain, the untuned engine is kept"
+            tell(f"tuning: {shown(ratio)}{untuned}")
             shutil.move(places[0 if kept is tuned else 1], path)
         else:
             plain.export(path, chosen)
         found = summary(tasks, chosen, rounds, ratio)
         write_atomic(folder / FACTS, [json.dumps(found, indent=1).encode()])
-        return _without_origin(kept.kernels), _kept(tasks, chosen, path.parent, found) if kept is not plain else ()
+        if kept is plain or ratio is None:
+            return Tuned(_without_origin(plain.kernels), (), "tuning found nothing that is faster for certain")
+        files = _kept(tasks, chosen, path.parent, found)
+        return Tuned(_without_origin(kept.kernels), files, f"{_changed(tasks)}: {shown(ratio)}")
+
+
+def shown(ratio: Ratio) -> str:
+    """What tuning is worth, in words."""
+    return f"{ratio.value:.3f} ({ratio.low:.3f} to {ratio.high:.3f}) of the untuned time"
+
+
+def _changed(tasks: Tasks) -> str:
+    other = sum(task.count for task in tasks.all if task.best != Choice())
+    return f"tuned: {other} of {sum(task.count for task in tasks.all)} kernels are not what the cost models chose"
 
 
 def _confirmed(
