@@ -25,6 +25,7 @@ pytest.importorskip("torch")
 pytest.importorskip("onnxruntime")
 EXAMPLE = Path(__file__).parent.parent / "examples" / "jetson"
 DOUBLE = Path(__file__).parent / "targets" / "trt"
+OWN = ("tensorrt_double", "tensorrt_plugin", "signatures")  # modules of the double
 COMMANDS = re.findall(r"^    (\S.*)$", (EXAMPLE / "README.md").read_text(), re.MULTILINE)
 
 
@@ -36,7 +37,7 @@ def board(tmp_path_factory) -> Iterator[Server]:
         packages = folder / "double"
         shutil.copytree(DOUBLE / "board", packages)
         shutil.copytree(DOUBLE / "signatures", packages / "signatures")
-        for file in (DOUBLE / "tensorrt_double.py", DOUBLE / "signatures.py", typing_extensions.__file__):
+        for file in (*(DOUBLE / f"{n}.py" for n in OWN), typing_extensions.__file__):
             shutil.copy(file, packages)
         # The double itself needs onnx and ONNX Runtime; nothing else of the environment is there.
         double = ("onnx", "ml_dtypes", *NUMPY, *RUNTIME)
