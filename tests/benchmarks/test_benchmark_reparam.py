@@ -197,6 +197,7 @@ def test_unknown_models_are_refused():
     assert done.returncode == 2 and "no model shvit_s9" in done.stderr
 
 
+@pytest.mark.slow
 def test_scale_of_towers():
     large, small = reparam.run_scale({"500": 60.0, "100": 60.0}, 0)["rows"]
     assert (large["nodes"], small["nodes"]) == ([500, 200], [100, 40])

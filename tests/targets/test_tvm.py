@@ -371,7 +371,7 @@ def smallest(name: str) -> int:
 
 
 SLOW = pytest.mark.slow
-QUICK = ("efficientvit_cifar", "repavit_cifar", "repvgg_cifar")
+QUICK = ("repavit_cifar", "repvgg_cifar")
 
 
 @pytest.mark.parametrize(
