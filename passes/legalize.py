@@ -47,7 +47,7 @@ _CONTRIB = "com.microsoft"
 # Operators of local functions that a target has kernels for.
 _CODED = frozenset((DOMAIN, op) for op in CODED)
 _KERNELS: Mapping[str, frozenset[tuple[str, str]]] = {
-    "tvm": _CODED | {(DOMAIN, "BinaryAngularAttention")},
+    "tvm": _CODED | {(DOMAIN, "BinaryAngularAttention"), (DOMAIN, "BinarySoftmaxAttention")},
     "trt": frozenset(),
 }
 _PLUGINS = {"trt": ("TRT", "trt.plugins")}  # domains whose operators a target looks up by itself

@@ -4,6 +4,8 @@ Which of the two is computed is decided layer by layer by counting what each cos
 four bits wins where weights are what is waited for, that is for few tokens; float weights win for many, unless
 activations may be integers. What is decoded runs as any other product.
 
+And binary attention, whose scores are counts of bits where that takes fewer instructions (:func:`counting_pays`).
+
 The bodies of the operators are their specification; :func:`read` is the same in numpy.
 
 Source: Williams et al., "Roofline: An Insightful Visual Performance Model", CACM 2009.
@@ -24,8 +26,8 @@ from edgecompile.targets.tvm.options import Options
 from edgecompile.targets.tvm.schedules import int8, tile, views
 from edgecompile.targets.tvm.schedules import shift_add as kernels
 
-ANGULAR = "BinaryAngularAttention"
-OPERATORS = (*CODED, ANGULAR)
+ANGULAR, HAMMING = "BinaryAngularAttention", "BinarySoftmaxAttention"
+OPERATORS = (*CODED, ANGULAR, HAMMING)
 _TOKENS = 4  # most that a kernel for few tokens holds in registers
 _GAIN = 1.1  # that a kernel must promise: the costs are rough
 # Bytes per cycle of one core by size of what is read again and again, and instructions on vectors that start in one
@@ -166,6 +168,9 @@ _KERNELS = (
 )
 _NAMED: Mapping[str, Kernel] = {kernel.name: kernel for kernel in _KERNELS}
 _AROUND = 8  # instructions for each vector of activations and of results: to make integers and floats of them
+# Instructions that count the bits of a vector of 32-bit words: CNT and two sums of neighbours, or bytes looked up by
+# halves and added, VPOPCNTD does it in one, but few columns are rare.
+_COUNTED = {"aarch64": 3, "x86_64": 11}
 _CALLS = 4000  # cycles that the kernels which do so add, however little they do
 
 
@@ -197,6 +202,11 @@ def choose(weights: Weights, m: int, chosen: Options) -> Kernel:
     return best if cycles(best, weights, m, device) * _GAIN < cycles(_FLOAT, weights, m, device) else _FLOAT
 
 
+def counting_pays(inner: int, device: str) -> bool:
+    """Whether scores of ``inner`` binary columns take fewer instructions as counts of bits than as sums of products."""
+    return -(-inner // kernels.BITS) * (_COUNTED[device.split()[0]] + 2) < inner
+
+
 # -- what is computed --------------------------------------------------------------------------------------------------
 
 
@@ -218,6 +228,8 @@ def convert(bb: Any, op: str, inputs: list[Any], attrs: Mapping[str, Any], chose
 
     if op == ANGULAR:
         return _angular(bb, inputs, [int(axis) for axis in attrs["turn"]], chosen)
+    if op == HAMMING:
+        return _hamming(bb, inputs, [int(axis) for axis in attrs["turn"]], chosen)
     x, *constants = inputs
     if not all(isinstance(c, GenericConst) for c in constants):
         raise ValueError("its codes must be constant")
@@ -252,7 +264,7 @@ def _angular(bb: Any, inputs: list[Any], turn: list[int], chosen: Options) -> tu
     op, (q, k, v, *limits) = relax.op, inputs
     shapes = [[int(d) for d in x.ty.shape] for x in (q, k, v)]
     (*lead, tokens, inner), outer = shapes[0], shapes[2][-1]
-    alone = all(math.prod(int(d) for d in limit.ty.shape) == 1 for limit in limits)
+    alone = all(_single(limit) for limit in limits)
     same = (
         shapes[0] == shapes[1] and shapes[2][:-1] == shapes[0][:-1] and all(x.ty.dtype == "float32" for x in (q, k, v))
     )
@@ -267,17 +279,68 @@ def _angular(bb: Any, inputs: list[Any], turn: list[int], chosen: Options) -> tu
         y = _call(bb, function, "angular_attention", flat, ((math.prod(lead), tokens, outer), "float32"))
         return op.reshape(y, shapes[2]), f"angular attention over {tokens} tokens: one kernel"
 
-    def length(x: Any) -> Any:
-        return bb.emit(op.sqrt(bb.emit(op.sum(bb.emit(op.multiply(x, x)), axis=-1, keepdims=True))))
-
-    units = [bb.emit(op.divide(x, length(x))) for x in (q, k)]
-    signs = [
-        bb.emit(op.astype(bb.emit(op.greater(x, limit)), "float32")) for x, limit in zip(units, limits, strict=True)
-    ]
+    signs = [_binarised(bb, x, limit) for x, limit in zip((q, k), limits, strict=True)]
     gathered = bb.emit(op.matmul(bb.emit(op.permute_dims(signs[1], turn)), v))
     near = bb.emit(op.multiply(bb.emit(op.matmul(signs[0], gathered)), relax.const(np.float32(0.31830987))))
     raw = bb.emit(op.add(bb.emit(op.multiply(v, relax.const(np.float32(0.5)))), near))
-    return op.divide(raw, length(raw)), f"angular attention over {tokens} tokens: products of matrices"
+    return op.divide(raw, _length(bb, raw)), f"angular attention over {tokens} tokens: products of matrices"
+
+
+def _hamming(bb: Any, inputs: list[Any], turn: list[int], chosen: Options) -> tuple[Any, str]:
+    """Softmax attention of binary queries and keys: their product counted bit by bit, or of matrices."""
+    from tvm import relax
+
+    op, (q, k, v, *limits, scale, bias) = relax.op, inputs
+    (*lead, queries, inner), (*others, keys, _) = ([int(d) for d in x.ty.shape] for x in (q, k))
+    shapes = [_of_heads(limit, len(lead)) for limit in limits]
+    biases = [int(d) for d in bias.ty.shape]
+    fits = lead == others and len(biases) <= len(lead) + 2 and _single(scale) and None not in shapes
+    float32 = all(x.ty.dtype == "float32" for x in inputs)
+    own, device = chosen.schedules and not chosen.cuda and fits and float32, options.device(chosen)
+    if own and kernels.hamming_fits(keys, inner) and counting_pays(inner, device):
+        given = [_in_memory(bb, x) for x in (q, k)]
+        rows, parallel = [of for _, of in given], chosen.threads > 1
+        function = kernels.hamming(
+            lead, queries, keys, inner, tile.vectors(device), parallel=parallel, rows=rows, biases=biases
+        )
+        flat = [bb.emit(op.reshape(x, (of.size,))) for x, of in given]
+        for limit, shape in zip(limits, shapes, strict=True):
+            wide = bb.emit(op.broadcast_to(bb.emit(op.reshape(limit, shape)), lead))
+            flat.append(bb.emit(op.reshape(wide, (math.prod(lead),))))
+        flat += [bb.emit(op.reshape(scale, (1,))), bb.emit(op.reshape(bias, (math.prod(biases),)))]
+        score = _call(bb, function, "binary_scores", flat, ((math.prod(lead), queries, keys), "float32"))
+        score, how = bb.emit(op.reshape(score, (*lead, queries, keys))), "bits counted"
+    else:
+        signs = [_binarised(bb, x, limit) for x, limit in zip((q, k), limits, strict=True)]
+        common, how = bb.emit(op.matmul(signs[0], bb.emit(op.permute_dims(signs[1], turn)))), "products of matrices"
+        score = bb.emit(op.add(bb.emit(op.multiply(common, scale)), bias))
+    share = bb.emit(op.nn.softmax(score, axis=-1))
+    return op.matmul(share, v), f"binary attention over {keys} tokens: {how}"
+
+
+def _single(x: Any) -> bool:
+    return math.prod(int(d) for d in x.ty.shape) == 1
+
+
+def _of_heads(limit: Any, lead: int) -> list[int] | None:
+    """Shape of thresholds that broadcasts against ``lead`` axes before tokens, None where tokens or columns differ."""
+    shape = [int(d) for d in limit.ty.shape]
+    shape = [1] * (lead + 2 - len(shape)) + shape
+    return shape[:-2] if len(shape) == lead + 2 and shape[-2:] == [1, 1] else None
+
+
+def _length(bb: Any, x: Any) -> Any:
+    from tvm.relax import op
+
+    return bb.emit(op.sqrt(bb.emit(op.sum(bb.emit(op.multiply(x, x)), axis=-1, keepdims=True))))
+
+
+def _binarised(bb: Any, x: Any, limit: Any) -> Any:
+    """1 where ``x / |x|`` exceeds its threshold, 0 elsewhere."""
+    from tvm.relax import op
+
+    above = bb.emit(op.greater(bb.emit(op.divide(x, _length(bb, x))), limit))
+    return bb.emit(op.astype(above, "float32"))
 
 
 def _in_memory(bb: Any, x: Any) -> tuple[Any, kernels.Rows]:

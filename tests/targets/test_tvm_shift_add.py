@@ -1,10 +1,10 @@
-"""Kernels of the target tvm for coded weights and angular attention, against numpy and the bodies of the operators."""
+"""Kernels of the target tvm for coded weights and binary attention, against numpy and the bodies of the operators."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,7 +224,7 @@ def model(coded: codes.Coded, shape: Sequence[int], *, conv: bool = False) -> Gr
     return built([node], {"x": shape}, result, held, name)
 
 
-def built(nodes: list, inputs: dict[str, Sequence[int]], result: Sequence[int], held: dict, name: str) -> Graph:
+def built(nodes: list, inputs: Mapping[str, Sequence[int]], result: Sequence[int], held: dict, name: str) -> Graph:
     ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in {**inputs, "y": result}.items()]
     weights = [numpy_helper.from_array(v, n) for n, v in held.items()]
     body = helper.make_graph(nodes, "g", ports[:-1], ports[-1:], weights)
@@ -350,20 +350,97 @@ def test_threads_share_the_outputs(kind, given, tmp_path):
     assert np.array_equal(alone.run(feeds)["y"], shared.run(feeds)["y"])
 
 
-def test_binary_softmax_attention_runs_as_its_body(tmp_path):
-    held = {"limit": np.zeros(1, np.float32), "scale": np.full(1, 0.3, np.float32), "bias": np.zeros(1, np.float32)}
-    given = ["q", "k", "v", "limit", "limit", "scale", "bias"]
-    node = helper.make_node("BinarySoftmaxAttention", given, ["y"], domain=ops.DOMAIN, turn=[0, 1, 3, 2])
-    shape = [1, 2, 9, 16]
-    graph = built([node], dict.fromkeys("qkv", shape), shape, held, "BinarySoftmaxAttention")
-    with pytest.raises(InputError, match="BinarySoftmaxAttention"):
-        TvmTarget().build(graph, tmp_path, {"threads": 1})
-    inlined = graph.copy()
-    Legalize("tvm").run(inlined, Context())
-    inlined.tidy()
+def hamming(shapes: Mapping[str, Sequence[int]], held: dict[str, np.ndarray]) -> Graph:
+    """Binary softmax attention; what is not held is an input."""
+    given = ["q", "k", "v", "q_threshold", "k_threshold", "scale", "bias"]
+    rank = len(shapes["q"])
+    turn = [*range(rank - 2), rank - 1, rank - 2]
+    node = helper.make_node("BinarySoftmaxAttention", given, ["y"], domain=ops.DOMAIN, turn=turn)
+    return built([node], shapes, [*shapes["q"][:-1], shapes["v"][-1]], held, "BinarySoftmaxAttention")
+
+
+@pytest.mark.parametrize(
+    ("shape", "limits", "bias", "given", "said"),
+    [
+        ([2, 3, 9, 16], (), (1,), {}, "counted"),
+        ([2, 19, 20], (2, 1, 1), (19, 19), {}, "counted"),  # of each image, without heads
+        ([2, 3, 21, 45], (2, 1, 1, 1), (2, 1, 1, 21), {"mcpu": "haswell"}, "counted"),  # a mask of keys
+        ([2, 3, 17, 64], (3, 1, 1), (3, 17, 17), {"threads": 2}, "counted"),
+        ([2, 3, 9, 16], (9, 1), (1,), {}, "products"),  # a threshold for each token
+        pytest.param([2, 3, 3, 16], (1,), (1,), {}, "products", marks=pytest.mark.slow),  # too few keys
+    ],
+)
+def test_binary_softmax_attention_runs_as_its_body(shape: list[int], limits, bias, given, said, tmp_path):
+    if "mcpu" in given:
+        cpu("avx2")
+    held = {f"{n}_threshold": RNG.uniform(-0.1, 0.1, limits).astype(np.float32) for n in "qk"}
+    held |= {"scale": np.full(1, 0.3, np.float32), "bias": RNG.standard_normal(bias).astype(np.float32)}
+    graph = hamming(dict.fromkeys("qkv", shape), held)
+    legalized = graph.copy()
+    Legalize("tvm").run(legalized, Context())
+    assert [node.op for node in legalized.nodes] == ["BinarySoftmaxAttention"]
+    error, notes = difference(graph, tmp_path, **given)
+    assert error < 1e-5 and len(notes) == 1 and said in notes[0]
+    # Another scale gives another result, so that the bound above is no matter of course.
     feeds = oracle.random_feeds(graph.signature().inputs)
-    found = TvmTarget().build(inlined, tmp_path, {"threads": 1}).run(feeds)["y"]
-    np.testing.assert_allclose(found, oracle.run(graph, feeds)["y"], atol=1e-5)
+    other = hamming(dict.fromkeys("qkv", shape), {**held, "scale": np.full(1, 0.35, np.float32)})
+    assert np.abs(oracle.run(graph, feeds)["y"] - oracle.run(other, feeds)["y"]).max() > 1e-3
+
+
+def test_what_equals_its_threshold_is_not_above_it(tmp_path):
+    """Units of 3, 4 and zeros are 0.6, 0.8 and 0 to the last bit; a row of zeros has no direction and no ones."""
+    x = np.zeros((1, 6, 33), np.float32)
+    x[0, np.arange(4), [0, 31, 32, 7]], x[0, np.arange(4), [32, 0, 31, 8]] = 3, 4
+    x[0, 4] = x[0, 0]
+    v = np.eye(6, dtype=np.float32)[None]
+    shapes = {"q": x.shape, "k": x.shape, "v": v.shape, "q_threshold": (1,), "k_threshold": (1,)}
+    graph = hamming(shapes, {"scale": np.ones(1, np.float32), "bias": np.zeros(1, np.float32)})
+    said: list[str] = []
+    engine = TvmTarget().build(graph, tmp_path, {"threads": 1}, said.append)
+    equal = np.float32(0.6)
+    for limit, ones in ((equal, x > 3), (np.nextafter(equal, np.float32(0)), x > 0)):
+        feeds = {"q": x, "k": x, "v": v, "q_threshold": np.full(1, limit), "k_threshold": np.full(1, limit)}
+        found = engine.run(feeds)["y"]
+        np.testing.assert_allclose(found, oracle.run(graph, feeds)["y"], atol=1e-6)
+        powers = np.exp(ones.astype(np.float32) @ ones.astype(np.float32).swapaxes(1, 2))
+        np.testing.assert_allclose(found, powers / powers.sum(-1, keepdims=True), atol=1e-6)
+    assert "counted" in said[0]
+
+
+@pytest.mark.parametrize(("tokens", "keys", "inner"), [(5, 6, 7), (3, 40, 70)])
+@pytest.mark.parametrize("feature", ["avx512f", "avx2"])
+def test_common_ones_are_counted_exactly(feature, tokens, keys, inner):
+    have = Vectors(16, 32) if feature == "avx512f" else Vectors(8, 16)
+    q, k = (RNG.standard_normal((2, n, inner)).astype(np.float32) for n in (tokens, keys))
+    limits = [RNG.uniform(-0.1, 0.1, 2).astype(np.float32) for _ in "qk"]
+    function = kernels.hamming((2,), tokens, keys, inner, have, parallel=False, biases=(tokens, 1))
+    bias = np.arange(tokens, dtype=np.float32)
+    given = [q.ravel(), k.ravel(), *limits, np.full(1, 2, np.float32), bias]
+    (y,) = computed(function, cpu(feature), given, ((2, tokens, keys), "float32"))
+    ones = [
+        x / np.linalg.norm(x, axis=-1, keepdims=True) > t[:, None, None] for x, t in zip((q, k), limits, strict=True)
+    ]
+    counts = np.einsum("hqd,hkd->hqk", *(one.astype(int) for one in ones))
+    assert np.array_equal(y, 2 * counts + bias[:, None]) and len(np.unique(counts)) > 2
+
+
+@pytest.mark.parametrize(
+    ("target", "there"),
+    [
+        ({"mtriple": "x86_64-linux-gnu", "mcpu": "znver4"}, r"\bvpopcntd\b"),
+        ({"mtriple": "x86_64-linux-gnu", "mcpu": "haswell"}, r"\bvpshufb\b"),
+        ({"mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}, r"\bcnt\b"),
+    ],
+)
+def test_bits_are_counted_by_the_instructions_of_the_cpu(target, there):
+    chosen = options.parse({"threads": 1, **target})
+    device = options.device(chosen)
+    function = kernels.hamming((1,), 8, 32, 64, shift_add.tile.vectors(device), parallel=False)
+    library: Any = compiled(function, dict(chosen.target))
+    assert re.search(there, library.mod.inspect_source("asm"))
+    # One word for 14 columns of x86, 6 of AArch64, is where counting begins to pay.
+    least = 6 if "aarch64" in device else 14
+    assert shift_add.counting_pays(least, device) and not shift_add.counting_pays(least - 1, device)
 
 
 def test_a_gpu_gets_what_the_codes_stand_for(tmp_path):

@@ -1,4 +1,4 @@
-"""Products of activations with weights of a few bits that are never written out in full, and angular attention.
+"""Products of activations with weights of a few bits that are never written out in full, and binary attention.
 
 Rows of the weights (outputs) lie in the lanes of a vector, so that one word of 32 bits holds eight codes of one row,
 and a word is all that is loaded for eight weights of each lane.
@@ -15,6 +15,7 @@ and a word is all that is loaded for eight weights of each lane.
   here ``2 * 128 * 127 = 32512 < 2^15``, so it never does.
 - *Angular attention* (:func:`angular`) is linear in the tokens. Of every four rows that may be added, the 16 possible
   sums are formed once and looked up.
+- *Binary softmax attention* (:func:`hamming`): its scores count the bits that two words have in common.
 - *Narrow weights, integer activations* (:func:`narrow`), where the machine has no instruction that adds four products.
   With ``|w| <= 8`` and ``|x| <= 63``, ``w + 8`` lies in [0, 16], one VPMADDUBSW gives at most ``2 * 16 * 63 = 2016`` in
   magnitude, and 16 of them at most ``32256 < 2^15``: they are added in 16 bits, and widened after every 32 columns.
@@ -45,6 +46,7 @@ from edgecompile.targets.tvm.schedules.views import View, flatten, unflatten
 
 WORD = 8  # codes of a word
 QUAD = 4  # signs that choose one of 16 sums
+BITS = 32  # of a word of signs
 LARGEST = 64  # magnitude of a level as a whole number
 NARROW = 8  # magnitude of a narrow weight
 FINE, COARSE = 127, 63  # the largest magnitude of an activation, for the two integer kernels
@@ -904,3 +906,125 @@ def angular(
 def _table(inner: int, columns: int) -> int:
     """Bytes of the sums of all quads of ``inner`` rows."""
     return 4 * inner // QUAD * _QUAD_SUMS * columns
+
+
+def hamming_fits(keys: int, inner: int) -> bool:
+    """Whether :func:`hamming` can compute extents: they fill a vector of four."""
+    return min(keys, inner) >= 4
+
+
+def hamming(
+    lead: Sequence[int],
+    queries: int,
+    keys: int,
+    inner: int,
+    have: Vectors,
+    *,
+    parallel: bool,
+    rows: Sequence[Rows] | None = None,
+    biases: Sequence[int] = (1,),
+) -> Any:
+    """Scores of binary queries and keys, ``scale b(q) b(k)^T + bias``, head by head: their common ones are counted.
+
+    Of ``b(x)``, 1 where ``x / |x|`` exceeds a threshold, 32 columns are a word. A count is the sum over the words of
+    the bits set in both; keys lie in the lanes. Where vectors do not divide the keys, the last one ends with them. The
+    bias is added here, for a softmax that reads its scores ready is the faster one.
+
+    Args:
+        lead: axes before the tokens, e.g. images and heads.
+        queries, keys, inner: extents of q ``[*lead, queries, inner]`` and of k ``[*lead, keys, inner]``, for which
+            :func:`hamming_fits` holds.
+        have: the vector registers.
+        parallel: share the heads among threads.
+        rows: of q and k in memory, which may be the same; by default each is dense.
+        biases: shape of the bias, which broadcasts against ``[*lead, queries, keys]``.
+
+    Returns:
+        a function of the memory of q and k in one axis, the thresholds of q and of k ``[heads]``, the scale ``[1]``,
+        the memory of the bias, and the result ``[heads, queries, keys]``; all are float32.
+    """
+    from tvm.script import tirx as T
+
+    q_rows, k_rows = rows or [Rows.dense((*lead, tokens, inner)) for tokens in (queries, keys)]
+    heads, loop = math.prod(lead), _loop(parallel)
+    own = heads if parallel else 1  # scratch memory
+    deep, wide = (min(have.lanes, 1 << (extent.bit_length() - 1)) for extent in (inner, keys))
+    words, of_word, down = -(-inner // BITS), BITS // deep, min(queries, 4)
+    biases = [1] * (len(lead) + 2 - len(biases)) + list(biases)
+    dense = Rows.dense(biases)
+    bias_rows = Rows(dense.size, 0, tuple(s if n > 1 else 0 for s, n in zip(dense.steps, biases[:-1], strict=True)))
+    lane, none = T.ramp(0, 1, deep), T.broadcast(T.uint32(0), deep)
+
+    def start(of: Rows, h: Any, t: Any) -> Any:
+        return of.start([*unflatten(h, lead), t])
+
+    def added(bias: Any, h: Any, t: Any, first: Any) -> Any:
+        row = start(bias_rows, h, t)
+        return bias[T.ramp(row + first, 1, wide)] if biases[-1] == keys else T.broadcast(bias[row], wide)
+
+    def place(chunk: Any) -> tuple[Any, Any]:
+        """Columns of a vector, the last of which ends with the row, and which of them none before it holds."""
+        first = T.min(chunk * deep, inner - deep)
+        return T.ramp(first, 1, deep), lane >= T.broadcast(chunk * deep - first, deep)
+
+    def length(x: Any, row: Any) -> Any:
+        total = T.broadcast(T.float32(0), deep)
+        for chunk in range(-(-inner // deep)):
+            columns, new = place(chunk)
+            value = x[columns + T.broadcast(row, deep)]
+            total += T.Select(new, value * value, T.broadcast(T.float32(0), deep))
+        return T.sqrt(_whole(total, "float32", deep))
+
+    def word(x: Any, row: Any, w: Any, over: Any, limit: Any) -> Any:
+        """Columns ``32 w`` to ``32 w + 31`` as bits; those beyond the last are 0."""
+        marks = none
+        for chunk in range(of_word):
+            columns, new = place(w * of_word + chunk)
+            bit = T.Cast(f"uint32x{deep}", T.bitwise_and(columns, T.broadcast(BITS - 1, deep)))
+            above = x[columns + T.broadcast(row, deep)] / T.broadcast(over, deep) > T.broadcast(limit, deep)
+            marks += T.Select(T.And(above, new), T.shift_left(T.broadcast(T.uint32(1), deep), bit), none)
+        return _whole(marks, "uint32", deep)
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        q: T.Buffer((q_rows.size,), "float32"),
+        k: T.Buffer((k_rows.size,), "float32"),
+        q_threshold: T.Buffer((heads,), "float32"),
+        k_threshold: T.Buffer((heads,), "float32"),
+        scale: T.Buffer((1,), "float32"),
+        bias: T.Buffer((bias_rows.size,), "float32"),
+        y: T.Buffer((heads, queries, keys), "float32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        asked = T.sblock_alloc_buffer((own, queries, words), "uint32")
+        given = T.sblock_alloc_buffer((own, words, keys), "uint32")
+        over = T.sblock_alloc_buffer((1,), "float32", scope="local")
+        total = T.sblock_alloc_buffer((down, wide), "uint32", scope="local")
+        for h in loop(heads):
+            for t in T.serial(queries):
+                over[0] = length(q, start(q_rows, h, t))
+                for w in T.unroll(words):
+                    asked[h % own, t, w] = word(q, start(q_rows, h, t), w, over[0], q_threshold[h])
+            for t in T.serial(keys):
+                over[0] = length(k, start(k_rows, h, t))
+                for w in T.unroll(words):
+                    given[h % own, w, t] = word(k, start(k_rows, h, t), w, over[0], k_threshold[h])
+            for o in T.serial(-(-queries // down)):
+                for j in T.serial(-(-keys // wide)):
+                    for i in T.unroll(down):
+                        total[i, T.ramp(0, 1, wide)] = T.broadcast(T.uint32(0), wide)
+                    for w in T.unroll(words):
+                        for i in T.unroll(down):
+                            total[i, T.ramp(0, 1, wide)] += T.popcount(
+                                T.bitwise_and(
+                                    given[h % own, w, T.ramp(T.min(j * wide, keys - wide), 1, wide)],
+                                    T.broadcast(asked[h % own, T.min(o * down, queries - down) + i, w], wide),
+                                )
+                            )
+                    for i in T.unroll(down):
+                        y[h, T.min(o * down, queries - down) + i, T.ramp(T.min(j * wide, keys - wide), 1, wide)] = (
+                            T.Cast(f"float32x{wide}", total[i, T.ramp(0, 1, wide)]) * T.broadcast(scale[0], wide)
+                            + added(bias, h, T.min(o * down, queries - down) + i, T.min(j * wide, keys - wide))
+                        )
+
+    return kernel.with_attr(_OPAQUE)
