@@ -204,6 +204,28 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
             return _build(source, out, replace(options, precision="fp32"), say, target, slower)
 
 
+def _fixed(source: Source) -> Source:
+    """The source with inputs of one shape each, that of the example inputs."""
+    shapes = {name: list(value.shape) for name, value in source.feeds[0].items()}
+    moved = {str(t.name): shapes[t.name] for t in source.graph.inputs if t.name in shapes and t.shape != shapes[t.name]}
+    if not moved:
+        return source
+    graph = source.graph.copy()
+    for tensor in graph.inputs:
+        tensor.shape = moved.get(tensor.name, tensor.shape)
+    graph.infer_shapes(outputs=True)
+    fit = [i for i, feed in enumerate(source.feeds) if all(list(v.shape) == shapes[n] for n, v in feed.items())]
+    texts = {name: "x".join(map(str, shape)) for name, shape in moved.items()}
+    notes = [f"the input {n!r} is fixed to {text}: the target compiles for one shape" for n, text in texts.items()]
+    return replace(
+        source,
+        graph=graph,
+        feeds=tuple(source.feeds[i] for i in fit),
+        reference=tuple(source.reference[i] for i in fit if source.reference),
+        notes=(*source.notes, *notes),
+    )
+
+
 class _Slower(Exception):
     """An engine of lower precision is not faster.
 
@@ -227,6 +249,7 @@ def _build(
     instead_of: _Slower | None = None,
 ) -> Bundle:
     target.check(options.target_options)
+    source = _fixed(source) if target.static else source
     spec = pipeline_spec(options)
     pipeline = _pipeline(options)
     if _keeps_score(pipeline) and (source.file is None or "evaluate" not in source.file.defines):
@@ -557,12 +580,27 @@ def _arms(
     say: Callable[[str], None],
 ) -> dict[str, _Arm]:
     """Engines to compare with: the plain export first, then what each pass but the last left."""
-    arms = {"plain export": (source.graph, *_lowered(target, source.graph, options, scratch / "plain", say))}
+    arms = {"plain export": _arm(target, source.graph, options, scratch / "plain", say)}
     tuned = bool(options.target_options.get("tune"))  # then the last graph without it shows what tuning is worth
     for number, (step, graph) in enumerate(stages if tuned else stages[:-1]):
         label = step.spec if step.spec not in arms else f"{step.spec} (pass {number + 1})"
-        arms[label] = (graph, *_lowered(target, graph, options, scratch / str(number), say))
+        arms[label] = _arm(target, graph, options, scratch / str(number), say)
     return arms
+
+
+def _arm(target: Target, graph: Graph, options: Options, folder: Path, say: Callable[[str], None]) -> _Arm:
+    """An engine of a graph, which is legalized where the target cannot take it as it is."""
+    try:
+        return graph, *_lowered(target, graph, options, folder, say)
+    except InputError as error:
+        needed = next((p for p in Pipeline.parse(target.pipelines["fp32"]).passes if p.name == "legalize"), None)
+        if needed is None:
+            raise
+        say(f"{error.what}: legalized to compare with")
+        legal = graph.copy()
+        Pipeline((*Pipeline.parse("clean").passes, needed, *Pipeline.parse("clean").passes)).run(legal, verify=False)
+        shutil.rmtree(folder)
+        return legal, *_lowered(target, legal, options, folder, say)
 
 
 def _measure(

@@ -114,11 +114,13 @@ class Target(ABC):
         name: how the command line calls it.
         options: option name -> (default, help); all values are given as text on the command line.
         pipelines: precision -> pass spec that prepares a graph for this target.
+        static: its engines take inputs of one shape only, which is that of the example inputs.
     """
 
     name: ClassVar[str]
     options: ClassVar[Mapping[str, tuple[Any, str]]] = {}
     pipelines: ClassVar[Mapping[str, str]] = {"fp32": "clean,fold_norm,reparam"}
+    static: ClassVar[bool] = False
 
     @abstractmethod
     def probe(self) -> Sequence[Capability]:

@@ -42,6 +42,8 @@ class TvmTarget(Target):
         "int8": "clean,fold_norm,reparam,legalize{target=tvm},clean,quantize{rules=tvm}",
     }
 
+    static: ClassVar[bool] = True
+
     def probe(self) -> Sequence[Capability]:
         """TVM, the CPU it compiles for by default, and the linkers."""
         return list(_capabilities())

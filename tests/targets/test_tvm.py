@@ -17,7 +17,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edgecompile import measure, models, oracle
+from edgecompile import driver, frontend, measure, models, oracle
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph, provenance
 from edgecompile.passes.clean import Clean
@@ -389,3 +389,24 @@ def test_zoo_model_agrees_with_onnx_runtime(name, resolution, tmp_path):
     (tmp_path / "ort").mkdir()
     reference = OrtTarget().build(graph, tmp_path / "ort", ONE).run(feeds)
     assert error(reference, TvmTarget().build(graph, tmp_path, ONE).run(feeds)) <= TOLERANCE
+
+
+# -- models that others exported ---------------------------------------------------------------------------------------
+
+
+def test_an_open_batch_is_fixed_and_what_is_compared_with_is_legalized(tmp_path):
+    """The pads are computed, which TVM cannot take before they are folded; ONNX Runtime takes both."""
+    text = '<ir_version: 8, opset_import: ["" : 17]> g (float[N,3,6,6] x) => (float[N,2,8,8] y) {'
+    text += " p = Identity (pads) q = Pad (x, p) y = Conv (q, w) }"
+    model = onnx.parser.parse_model(text)
+    weights = {"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1], np.int64), "w": np.ones((2, 3, 1, 1), np.float32)}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(v, n) for n, v in weights.items())
+    onnx.save(model, tmp_path / "net.onnx")
+    given = {"x": frontend.InputSpec((2, 3, 6, 6))}
+    for name, batch in (("tvm", 2), ("ort", "N")):
+        source = frontend.load(str(tmp_path / "net.onnx"), inputs=given, folder=tmp_path)
+        made = driver.build(source, tmp_path / name, driver.Options(name, seconds=0.3, target_options={"threads": 1}))
+        assert made.graph().inputs[0].shape == [batch, 3, 6, 6]
+        found = json.loads((made.path / "report.json").read_text())
+        noted = "the input 'x' is fixed to 2x3x6x6: the target compiles for one shape" in found["model"]["notes"]
+        assert noted == (name == "tvm") and found["latency"]["plain"]["label"] == "plain export"
