@@ -31,12 +31,17 @@ def _version(package: str) -> str:
         return ""
 
 
+def earlier(output: Path | None) -> list[dict[str, Any]]:
+    """The rows of a file of results, none if there is no file."""
+    return json.loads(output.read_text())["rows"] if output and output.is_file() else []
+
+
 def rows(
     script: str,
     jobs: Iterable[Sequence[str]],
     table: Callable[[list[dict[str, Any]]], str],
     output: Path | None,
-    kept: Sequence[dict[str, Any]] = (),
+    same: Callable[[dict[str, Any]], Any] | None = None,
     **facts: Any,
 ) -> list[dict[str, Any]]:
     """Run a script once per job, each time in a new process, and print and write each result as soon as it is there.
@@ -46,18 +51,19 @@ def rows(
         jobs: the arguments after ``--one``.
         table: makes a table in Markdown of some rows.
         output: the JSON file of results; None: none is written.
-        kept: rows of earlier runs, which come first.
+        same: what tells a row from others; rows of ``output`` that are not measured again are then kept.
         facts: what else the file says.
 
     Raises:
         SystemExit: a process failed.
     """
-    found = list(kept)
+    found = earlier(output) if same else []
     for job in jobs:
         done = subprocess.run([sys.executable, script, "--one", *job], stdout=subprocess.PIPE, text=True)
         if done.returncode:
             raise SystemExit(f"{' '.join(job)} failed")
-        found.append(json.loads(done.stdout.splitlines()[-1]))
+        row = json.loads(done.stdout.splitlines()[-1])
+        found = [one for one in found if not same or same(one) != same(row)] + [row]
         print(table(found[-1:]).splitlines()[-1], flush=True)
         if output is not None:
             document = {"machine": machine() | facts, "date": time.strftime("%Y-%m-%d"), "rows": found}

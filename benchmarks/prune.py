@@ -22,7 +22,6 @@ import argparse
 import contextlib
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -247,17 +246,7 @@ def main() -> None:
     whole = {"params": list(models.ZOO), "latency": list(FAMILIES), "accuracy": list(VARIANTS)}
     jobs = [(kind, what) for kind in options.kinds or KINDS for what in whole[kind]
             if kind == "accuracy" or not options.models or what in options.models]  # fmt: skip
-    known = json.loads(options.output.read_text())["rows"] if options.output and options.output.is_file() else []
-    for job in jobs:
-        done = subprocess.run([sys.executable, __file__, "--one", *job], stdout=subprocess.PIPE, text=True)
-        if done.returncode:
-            raise SystemExit(f"{' '.join(job)} failed")
-        row = json.loads(done.stdout.splitlines()[-1])
-        print(markdown([row]).splitlines()[-1], flush=True)
-        known = [one for one in known if _job(one) != job] + [row]
-        if options.output:
-            document = {"machine": common.machine(), "date": time.strftime("%Y-%m-%d"), "rows": known}
-            options.output.write_text(json.dumps(document, indent=1) + "\n")
+    common.rows(__file__, jobs, markdown, options.output, _job)
 
 
 if __name__ == "__main__":

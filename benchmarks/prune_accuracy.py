@@ -348,7 +348,7 @@ def main() -> int:
         parser.error(f"{trained.DATA} is not there; set EDGECOMPILE_DATA")
     if unknown := [n for n in options.names if n not in NAMES]:
         parser.error(f"no network {', '.join(unknown)}")
-    rows = json.loads(options.output.read_text())["rows"] if options.output and options.output.is_file() else []
+    rows = common.earlier(options.output)
     for row in itertools.chain.from_iterable(run(name, options) for name in options.names or NAMES):
         print(table([row]), flush=True)
         rows = merged(rows, row)

@@ -252,9 +252,7 @@ def main() -> None:
     from common import rows
 
     jobs = [(job, str(options.seconds)) for job in options.jobs or JOBS]
-    known = json.loads(options.output.read_text())["rows"] if options.output and options.output.exists() else []
-    kept = [row for row in known if row["job"] not in {job for job, _ in jobs}]
-    rows(__file__, jobs, table, options.output, kept, threads=1)
+    rows(__file__, jobs, table, options.output, lambda row: row["job"], threads=1)
 
 
 if __name__ == "__main__":

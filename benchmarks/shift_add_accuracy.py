@@ -194,9 +194,7 @@ def main() -> None:
         flush=True,
     )
     for name in arguments.networks:
-        rows: list[dict[str, Any]] = []
-        if arguments.output and arguments.output.exists():
-            rows = json.loads(arguments.output.read_text())["rows"]
+        rows = common.earlier(arguments.output)
         for row in measured(name, arguments):
             rows = [r for r in rows if any(r.get(k) != row[k] for k in ("network", "spec", "epochs"))] + [row]
             print(line(row), flush=True)

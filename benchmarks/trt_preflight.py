@@ -121,12 +121,12 @@ def main() -> None:
     if options.one:
         print(json.dumps(run_one(options.one)))
         return
-    from common import machine
+    from common import earlier, machine
 
     from edgecompile import models
 
     order = models.names()
-    rows = {row["model"]: row for row in kept(options.output)}
+    rows = {row["model"]: row for row in earlier(options.output) if row["model"] in order}
     for name in options.names or order:
         done = subprocess.run([sys.executable, __file__, "--one", name], stdout=subprocess.PIPE, text=True)
         if done.returncode:
@@ -146,15 +146,6 @@ def main() -> None:
     ]
     if wrong:
         raise SystemExit(f"refused: {', '.join(dict.fromkeys(wrong))}")
-
-
-def kept(output: Path | None) -> list[dict[str, Any]]:
-    """The rows of an earlier run, of models that there still are; a new one replaces those of the models it names."""
-    from edgecompile import models
-
-    if output is None or not output.exists():
-        return []
-    return [row for row in json.loads(output.read_text())["rows"] if row["model"] in models.names()]
 
 
 if __name__ == "__main__":

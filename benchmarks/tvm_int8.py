@@ -120,11 +120,8 @@ def main() -> None:
 
     names = options.names or MODELS
     jobs = [(n, options.rules, str(options.seconds), str(options.threads)) for n in names]
-    earlier = json.loads(options.output.read_text())["rows"] if options.output and options.output.is_file() else []
-    again = [(n, options.rules, options.threads) for n in names]
-    kept = [row for row in earlier if (row["model"], row["rules"], row["threads"]) not in again]
     print("\n".join(table([]).splitlines()))
-    rows(__file__, jobs, table, options.output, kept)
+    rows(__file__, jobs, table, options.output, lambda row: (row["model"], row["rules"], row["threads"]))
 
 
 if __name__ == "__main__":

@@ -139,14 +139,14 @@ def main() -> None:
     if options.one:
         print(json.dumps(run_one(options.one, options.seconds, options.threads[0], options.plain)))
         return
-    from common import machine
+    from common import earlier, machine
 
     columns = (
         "model, threads, parity, tvm ms, ort ms, ratio, without Winograd, build s, build CPU s, load and first run s"
     )
     print(f"| {columns.replace(', ', ' | ')} |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    rows = json.loads(options.output.read_text())["rows"] if options.output and options.output.is_file() else []
+    rows = earlier(options.output)
     for name, threads in itertools.product(options.names or REPRESENTATIVES, options.threads):
         command = [sys.executable, __file__, "--one", name, "--seconds", str(options.seconds)]
         command += ["--threads", str(threads), *(["--plain"] if options.plain else [])]

@@ -110,7 +110,7 @@ def main() -> None:
     if options.one:
         print(json.dumps(run_one(options.one, options.tune, options.seconds, options.threads)))
         return
-    from common import machine
+    from common import earlier, machine
 
     print("| model | threads | tune | rounds | trials | kernels better alone | kept | untuned ms | tuned ms | ratio |")
     print("|---|---|---|---|---|---|---|---|---|---|")
@@ -122,8 +122,7 @@ def main() -> None:
         row = json.loads(done.stdout.splitlines()[-1])
         print(line(row), flush=True)
         if options.output:
-            old = json.loads(options.output.read_text())["rows"] if options.output.exists() else []
-            rows = [r for r in old if (r["model"], r["threads"]) != (name, options.threads)]
+            rows = [r for r in earlier(options.output) if (r["model"], r["threads"]) != (name, options.threads)]
             document = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "rows": [*rows, row]}
             options.output.write_text(json.dumps(document, indent=1) + "\n")
 
