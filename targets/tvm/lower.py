@@ -66,13 +66,13 @@ class Compiled:
     """A model that TVM's virtual machine runs in this process.
 
     Attributes:
-        library: what the virtual machine takes, and what can be exported unless :func:`varied` made it.
+        executable: what the virtual machine takes, and what can be exported unless :func:`varied` made it.
         kernels: as :func:`build` returns them, and whose choice each is
             (:attr:`edgecompile.targets.tvm.schedules.Kernel.origin`) if it was chosen.
         known: symbols and scheduled functions by the hash of what they are before they are scheduled.
     """
 
-    library: Any
+    executable: Any
     kernels: Sequence[Mapping[str, Any]]
     known: Mapping[int, tuple[str, Any]]
 
@@ -83,7 +83,7 @@ class Compiled:
             InputError: it cannot be linked.
         """
         with _compiling(chosen):
-            self.library.export_library(str(path), **_link(chosen))
+            self.executable.export_library(str(path), **_link(chosen))
 
 
 def build(
@@ -136,8 +136,8 @@ def compiled(
         numbers = {var.name_hint: _number(f) for var, f in _primitive(fused)} if pick else {}
         fused = _scheduled(fused, chosen)
         known = {numbers[v.name_hint]: (v.name_hint, f) for v, f in _primitive(fused)} if pick else {}
-        library = tvm.compile(fused, target=target, relax_pipeline=tvm.transform.Sequential(_finish()))
-    return Compiled(library, _with_origin(kernels, fused), known)
+        executable = tvm.compile(fused, target=target, relax_pipeline=tvm.transform.Sequential(_finish()))
+    return Compiled(executable, _with_origin(kernels, fused), known)
 
 
 def varied(
@@ -174,11 +174,11 @@ def varied(
         }
         builder = relax.ExecBuilder()
         relax.vm_build._vmcodegen(builder, tvm.IRModule({"main": _by_symbol(finished["main"], symbols)}))
-        library: Any = builder.get()
+        executable: Any = builder.get()
         if code:
-            library.mod.import_module(tvm.tirx.build(tvm.IRModule(code), target=target))
-        library.mod.import_module(base.library.mod.imports[0])
-    return Compiled(library, kernels, base.known)
+            executable.mod.import_module(tvm.tirx.build(tvm.IRModule(code), target=target))
+        executable.mod.import_module(base.executable.mod.imports[0])
+    return Compiled(executable, kernels, base.known)
 
 
 def _primitive(module: Any) -> list[tuple[Any, Any]]:

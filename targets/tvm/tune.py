@@ -310,7 +310,7 @@ def here(opened: Opened, feeds: Mapping[str, np.ndarray]) -> Runner:
     """The runner of this process."""
 
     def run(made: Compiled) -> Sequence[tuple[str, float]]:
-        engine = opened(made.library, made.kernels)
+        engine = opened(made.executable, made.kernels)
         taken = [(layer.name, layer.microseconds / 1e6) for layer in engine.layers(feeds)]
         engine.close()
         return taken

@@ -188,7 +188,7 @@ def test_every_choice_computes_the_same_and_only_what_changed_is_compiled(choice
 
     def made_of(pick) -> set[str]:
         made = lower.varied(plain, module, chosen, pick, forms)
-        engine = TvmEngine(manifest, chosen, made.library, graph, made.kernels)
+        engine = TvmEngine(manifest, chosen, made.executable, graph, made.kernels)
         assert max(e.max_rel for e in oracle.compare_all(wanted, engine.run(feeds)).values()) < 1e-5
         assert sum("origin" in kernel for kernel in made.kernels) == 5
         return {kernel["symbol"] for kernel in made.kernels}
