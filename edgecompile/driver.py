@@ -197,6 +197,7 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
     if out.is_dir() and any(out.iterdir()) and not bundle.is_bundle(out):
         raise InputError(f"{out} holds something that is not a bundle", "it would be replaced", "choose another -o")
     with remote.open_target(options.target, options.device, say) as target:
+        source = _fixed(source) if target.static else source
         try:
             return _build(source, out, options, say, target)
         except _Slower as slower:
@@ -249,7 +250,6 @@ def _build(
     instead_of: _Slower | None = None,
 ) -> Bundle:
     target.check(options.target_options)
-    source = _fixed(source) if target.static else source
     spec = pipeline_spec(options)
     pipeline = _pipeline(options)
     if _keeps_score(pipeline) and (source.file is None or "evaluate" not in source.file.defines):
@@ -598,7 +598,7 @@ def _arm(target: Target, graph: Graph, options: Options, folder: Path, say: Call
             raise
         say(f"{error.what}: legalized to compare with")
         legal = graph.copy()
-        Pipeline((*Pipeline.parse("clean").passes, needed, *Pipeline.parse("clean").passes)).run(legal, verify=False)
+        Pipeline.parse(f"clean,{needed},clean").run(legal, verify=False)
         shutil.rmtree(folder)
         return legal, *_lowered(target, legal, options, folder, say)
 
