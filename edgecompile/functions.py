@@ -35,6 +35,13 @@ def rounded(graph: Graph, options: Mapping[str, Any]) -> str:
     return f"activations={given}" if coded and given != "float32" else ""
 
 
+def drop_uncalled(graph: Graph) -> None:
+    """Drop the functions of a graph that neither a node nor another function calls."""
+    called = {(n.domain, n.op) for n in graph.walk()}
+    called |= {(n.domain, n.op_type) for f in graph.function_protos for n in f.node}
+    graph.function_protos = [f for f in graph.function_protos if (f.domain, f.name) in called]
+
+
 def domain(node: gs.Node) -> str:
     """The domain of a node's operator, ``""`` for that of ONNX."""
     return "" if node.domain in _ONNX else str(node.domain)

@@ -484,6 +484,17 @@ def cpu_features() -> tuple[str, ...]:
     return tuple(f for f in _FEATURES if f in flags)
 
 
+def cpu() -> str:
+    """This CPU as code compiled for it depends on it: architecture, then :func:`cpu_features`."""
+    return " ".join([platform.machine(), *cpu_features()])
+
+
+def lacking(device: str) -> list[str]:
+    """What this CPU lacks of one that is described as :func:`cpu` does."""
+    have = cpu().split()
+    return [part for part in device.split() if part not in have]
+
+
 def affinity() -> list[int]:
     """Numbers of the CPUs that this process may run on."""
     if hasattr(os, "sched_getaffinity"):

@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from edgecompile import functions, oracle
+from edgecompile import functions, measure, oracle
 from edgecompile.errors import InputError
 from edgecompile.files import write_atomic
 from edgecompile.graph import Graph, Provenance, named, provenance, where
@@ -66,7 +66,7 @@ class OrtTarget(Target):
         device = chosen.providers[0]
         if chosen.cpu_only:
             files = _store(ort, source, folder, chosen, say or (lambda _: None))
-            device = ort_session.cpu()
+            device = measure.cpu()
             if chosen.ort_format:
                 _write_ort_format(ort, folder, chosen)
                 files.append(ORT_FORMAT)

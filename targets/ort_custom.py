@@ -43,7 +43,7 @@ from onnx import helper
 
 from edgecompile import measure, oracle
 from edgecompile.errors import EnvironmentMissing, InputError
-from edgecompile.functions import CODED
+from edgecompile.functions import CODED, drop_uncalled
 from edgecompile.functions import DOMAIN as SOURCE
 from edgecompile.graph import Graph, where
 from edgecompile.targets import ort_session
@@ -297,9 +297,7 @@ def _write(graph: Graph, node: gs.Node, lowered: Lowered) -> None:
 def _declare(graph: Graph) -> None:
     """Say that the graph has nodes of :data:`DOMAIN`, and drop the functions that no node calls any more."""
     graph.import_domains = [*graph.import_domains, helper.make_opsetid(DOMAIN, 1)]
-    called = {(n.domain, n.op) for n in graph.walk()}
-    called |= {(n.domain, n.op_type) for f in graph.function_protos for n in f.node}
-    graph.function_protos = [f for f in graph.function_protos if (f.domain, f.name) in called]
+    drop_uncalled(graph)
 
 
 def _alone(graph: Graph, number: int) -> Graph:
@@ -338,7 +336,7 @@ def lower(
     numbers = [i for i, n in enumerate(source.nodes) if n.domain == SOURCE and n.op in (*CODED, ANGULAR)]
     if chosen.custom_ops == "no" or not numbers:
         return None
-    path, device = compiler(), ort_session.cpu()
+    path, device = compiler(), measure.cpu()
     if path is None:
         if forced:
             raise EnvironmentMissing(

@@ -18,7 +18,6 @@ import io
 import itertools
 import json
 import mmap
-import platform
 import re
 import subprocess
 import sys
@@ -358,23 +357,18 @@ def check(ort, folder: Path, manifest: EngineManifest) -> None:
             f"this is {ort.__version__}, and an optimised model runs on the version that made it",
             f"pip install 'onnxruntime=={built}', or {_REBUILD}",
         )
-    if OPS in manifest.files and (missing := [f for f in manifest.device.split() if f not in cpu().split()]):
+    if OPS in manifest.files and (missing := measure.lacking(manifest.device)):
         raise EnvironmentMissing(
             f"{folder / OPS} was built for another CPU",
             f"it needs {', '.join(missing)}, which this machine lacks",
             f"{_REBUILD}, or build with custom_ops=no",
         )
-    if _vectors(manifest.device) != _vectors(cpu()) and blocked(folder / ENGINE):
+    if _vectors(manifest.device) != _vectors(measure.cpu()) and blocked(folder / ENGINE):
         raise EnvironmentMissing(
             f"{folder / ENGINE} was built for another CPU",
-            f"its blocked layout fits {manifest.device!r}, this is {cpu()!r}",
+            f"its blocked layout fits {manifest.device!r}, this is {measure.cpu()!r}",
             f"{_REBUILD}, or build with level=extended, which runs on every CPU",
         )
-
-
-def cpu() -> str:
-    """This CPU, as far as an optimised model depends on it."""
-    return " ".join([platform.machine(), *measure.cpu_features()])
 
 
 def _vectors(device: str) -> tuple[str, bool]:
@@ -812,7 +806,7 @@ def probe() -> Iterator[Capability]:
             yield Capability(label, False, detail="; ".join([f"not in this package; {why}", *told]), fix=fix)
             continue
         defect = _defect(ort, name)
-        does = f"{measure.available_cores()} cores, {cpu()}" if name == "cpu" else "runs a model here"
+        does = f"{measure.available_cores()} cores, {measure.cpu()}" if name == "cpu" else "runs a model here"
         fix = _REPAIRS.get(name, "") if defect else ""
         yield Capability(label, not defect, ort.__version__, "; ".join([defect or does, *told]), fix)
 

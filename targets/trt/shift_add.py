@@ -37,7 +37,7 @@ from typing import Any
 import numpy as np
 
 from edgecompile.errors import EnvironmentMissing
-from edgecompile.functions import CODED, DOMAIN, inlined
+from edgecompile.functions import CODED, DOMAIN, drop_uncalled, inlined
 from edgecompile.graph import Graph
 from edgecompile.targets.trt.probe import NVRTC_FIX, no_plugins, nvrtc
 
@@ -221,10 +221,9 @@ def lower(graph: Graph) -> Graph:
     if not used:
         return made
     made.tidy()
-    left = {(n.domain, n.op) for n in made.walk()}
-    kept = [f for f in made.function_protos if f.domain != DOMAIN or (f.domain, f.name) in left]
-    own = [f for f in made.function_protos if f.domain == DOMAIN and f.name in used]
-    made.function_protos = [*kept, *(function(f, made.opsets[""]) for f in own)]
+    plugins = [function(f, made.opsets[""]) for f in made.function_protos if f.domain == DOMAIN and f.name in used]
+    drop_uncalled(made)
+    made.function_protos = [*made.function_protos, *plugins]
     made.import_domains = [*made.import_domains, helper.make_opsetid(NAMESPACE, VERSION)]
     return made
 
@@ -238,8 +237,7 @@ def decoded(graph: Graph) -> Graph:
         if node.domain == DOMAIN and node.op in CODED and (change := inlined(made, node)):
             change()
     made.tidy()
-    left = {(n.domain, n.op) for n in made.walk()}
-    made.function_protos = [f for f in made.function_protos if (f.domain, f.name) in left or f.domain != DOMAIN]
+    drop_uncalled(made)
     return made
 
 

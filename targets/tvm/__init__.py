@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -121,9 +120,7 @@ def _require_fit(path: Path, manifest: EngineManifest) -> None:
             f"this is {here}, and a library runs on the version that made it",
             f"pip install 'apache-tvm=={built}', or {_REBUILD}",
         )
-    machine, *features = manifest.device.split()
-    have = {platform.machine(), *measure.cpu_features()}
-    if missing := [f for f in (machine, *features) if f not in have]:
+    if missing := measure.lacking(manifest.device):
         raise EnvironmentMissing(
             f"{path} was built for another CPU", f"it needs {', '.join(missing)}, which this machine lacks", _REBUILD
         )
@@ -134,8 +131,7 @@ def _capabilities() -> Iterator[Capability]:
     if importlib.util.find_spec("tvm") is None:
         yield Capability("tvm compiler", False, detail="not installed", fix="pip install 'edgecompile[tvm]'")
         return
-    found, device = version("apache-tvm"), " ".join((platform.machine(), *measure.cpu_features()))
-    yield Capability("tvm compiler", True, found, f"compiles for {device}")
+    yield Capability("tvm compiler", True, version("apache-tvm"), f"compiles for {measure.cpu()}")
     for machine, linker in _LINKERS.items():
         path = shutil.which(linker)
         fix = "" if path else f"sudo apt-get install {'gcc' if linker == 'gcc' else 'gcc-aarch64-linux-gnu'}"

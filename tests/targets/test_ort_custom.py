@@ -380,7 +380,7 @@ def test_a_bundle_has_its_library_and_a_changed_one_is_refused(tmp_path):
 def test_a_library_for_another_cpu_is_refused_before_it_is_loaded(tmp_path):
     graph = layer("pot", 4, [2, 64], 16)
     engine, _ = built(graph, tmp_path / "here", YES)
-    assert engine.manifest.device == ort_session.cpu()
+    assert engine.manifest.device == measure.cpu()
     shutil.copytree(tmp_path / "here", there := tmp_path / "there")
     (there / ort_session.OPS).write_bytes(b"not a library")
     other = replace(engine.manifest, device=f"{platform.machine()} avx99")
