@@ -293,10 +293,13 @@ WINOGRAD = [  # batch, height, width, in, out, m, block, rows, padding
     (1, 9, 11, 66, 75, 2, (2, 3), 3, (1, 1, 1, 1)),
     (2, 13, 10, 20, 68, 4, (2, 2), 4, (1, 1, 1, 1)),
     (1, 8, 8, 5, 16, 4, (1, 2), 2, (0, 2, 1, 0)),
+    (1, 18, 17, 8, 16, 2, (2, 2), 4, (1, 1, 1, 1)),
 ]
 
 
-@pytest.mark.parametrize("case, parallel", [*itertools.product(WINOGRAD, [False]), (WINOGRAD[1], True)])
+@pytest.mark.parametrize(
+    "case, parallel", [*itertools.product(WINOGRAD, [False]), *itertools.product(WINOGRAD[1::2], [True])]
+)
 def test_winograd_with_bias_residual_and_activation(chosen, case, parallel):
     from tvm import te
 
@@ -316,6 +319,19 @@ def test_winograd_with_bias_residual_and_activation(chosen, case, parallel):
     wanted = z / (1 + np.exp(-z)) + residual
     assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
     assert np.abs(found - plain).max() > 1e-1
+
+
+@pytest.mark.parametrize("size, loops", [(14, 5), (36, 1)])
+def test_threads_share_the_blocks_of_winograd_or_where_they_are_few_each_step_of_one(chosen, size, loops):
+    import tvm
+    from tvm import te
+
+    x, weight = te.placeholder((1, size, size, 16)), random(16, 3, 3, 16)
+    packed = te.placeholder(winograd.pack(weight, 2, 16).shape)
+    y = winograd.convolution(x, packed, 16, 4, (1, 1, 1, 1), (4, 4))
+    module = tvm.IRModule({"main": te.create_prim_func([x, packed, y])})
+    assert str(winograd.schedule(module, have(chosen), parallel=True)).count("T.parallel(") == loops
+    assert "T.parallel(" not in str(winograd.schedule(module, have(chosen), parallel=False))
 
 
 def test_winograd_with_other_weights_is_another(chosen):

@@ -24,7 +24,7 @@ APART = "pragma_loop_partition_hint"  # lets TVM compile iterations at the edge 
 _FUSES_WHAT_FOLLOWS, _OPAQUE = 4, 8  # of tvm::relax::OpPatternKind
 _LATENCY = 8  # multiply-adds that must be under way to hide their latency: 4 cycles, two per cycle
 _STORE = 4  # steps that writing one vector of results costs
-_SHARES = 16  # into which rows are divided at least, so that a few threads have about as many each
+SHARES = 16  # into which rows are divided at least, so that a few threads have about as many each
 _T = TypeVar("_T")
 
 
@@ -189,7 +189,7 @@ def arrange(
     column_tile, column = plan.split(column, [None, extents[-1]])
     rows_outside = rows_outside or len(extents) == 5
     tiles = [*lines, row_tile, column_tile] if rows_outside else [column_tile, *lines, row_tile]
-    uneven = uneven and not (parallel and _extent(plan, [*head, *lines, row_tile]) < _SHARES)
+    uneven = uneven and not (parallel and _extent(plan, [*head, *lines, row_tile]) < SHARES)
     if parallel and uneven:  # what is shared cannot be cut into parts: threads share the rows
         share, *rest = shares(plan, [*head, *lines, row_tile])
         head, tiles = [share], [*rest, column_tile] if rows_outside else [column_tile, *rest]
@@ -214,10 +214,10 @@ def shares(plan: Any, loops: Sequence[Any], *, uneven: bool = False) -> list[Any
         uneven: the last share may be smaller, where blocks can afford to ask; else shares are equal.
     """
     count, outer, rest = 1, [], list(loops)
-    while rest and count < _SHARES:
+    while rest and count < SHARES:
         loop = rest.pop(0)
         extent = _extent(plan, [loop])
-        part = min(-(-_SHARES // count), extent)
+        part = min(-(-SHARES // count), extent)
         if not uneven:
             part = next(d for d in range(part, extent + 1) if extent % d == 0)
         if part < extent:

@@ -290,6 +290,9 @@ def convolution(x: Any, packed: Any, channels: int, rows: int, padding: Sequence
 def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     """Schedule a kernel that :func:`convolution` made and TVM appended blocks to.
 
+    Threads share the blocks of tiles, or each step of every block where there are few: a block of a small image is all
+    of it, since weights that are read once for many tiles are what makes the algorithm pay.
+
     Args, Returns: as of :func:`edgecompile.targets.tvm.schedules.tile.schedule`.
     """
     from tvm.s_tir import Schedule
@@ -305,6 +308,7 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     rows, columns = (int(e) for e in plan.get(of[TILE]).writes[0].source.shape[-2:])
     _, _, _, high, broad, _ = (int(e) for e in plan.get(of[OUTPUT]).writes[0].source.shape)
     m = int(plan.get(of[BACK]).writes[0].source.shape[4])
+    shared: list[Sequence[Any]] = []  # loops of the steps of a block
     # the output, block by block
     batch, h, w, channel = plan.get_loops(last)
     hb, h = plan.split(h, [None, high])
@@ -312,6 +316,7 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     co, lane = plan.split(channel, [None, lanes(int(plan.get(channel).extent), have)])
     plan.reorder(batch, hb, wb, h, w, co, lane)
     plan.vectorize(lane)
+    shared.append((h, w))
     # transformed back tile by tile
     plan.compute_at(of[OUTPUT], wb, preserve_unit_loops=True)
     h, w, channel = plan.get_loops(of[OUTPUT])[-3:]
@@ -319,6 +324,7 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     wi, j = plan.split(w, [None, m])
     co, lane = plan.split(channel, [None, lanes(int(plan.get(channel).extent), have)])
     plan.reorder(hi, wi, co, i, j, lane)
+    shared.append((hi, wi))
     for loop in (i, j):
         plan.unroll(loop)
     plan.vectorize(lane)
@@ -326,11 +332,12 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     # the products
     plan.compute_at(of[PLACE], wb, preserve_unit_loops=True)
     plan.storage_align(of[PLACE], 0, 4, 1024, 16)
-    *_, p, column = plan.get_loops(of[PLACE])
+    *_, a, e, p, column = plan.get_loops(of[PLACE])
     po, pi = plan.split(p, [None, rows])
     jo, ji = plan.split(column, [None, columns])
     outer = (po, jo) if have.choice.rows_outside else (jo, po)
     plan.reorder(*outer, pi, ji)
+    shared.append((a, e, outer[0]))
     plan.compute_at(of[TILE], outer[-1], preserve_unit_loops=True)
     plan.set_scope(of[TILE], 0, "local")
     first = tile.in_registers(plan, of[TILE], 9, have)
@@ -344,15 +351,20 @@ def schedule(module: Any, have: Vectors, *, parallel: bool) -> Any:
     a, e, p, c = plan.get_loops(of[INPUT])[-4:]
     co, lane = plan.split(c, [None, lanes(int(plan.get(c).extent), have)])
     plan.reorder(p, co, a, e, lane)
+    shared.append((p, co))
     plan.vectorize(lane)
     plan.unroll(a)
     plan.unroll(e)
     _unrolled(plan, of[HALF], co)
     plan.compute_at(of[WINDOW], wb, preserve_unit_loops=True)
-    channel = plan.get_loops(of[WINDOW])[-1]
+    *_, h, w, channel = plan.get_loops(of[WINDOW])
+    shared.append((h, w))
     plan.vectorize(plan.split(channel, [None, lanes(int(plan.get(channel).extent), have)])[1])
-    if parallel:
+    if parallel and math.prod(int(plan.get(loop).extent) for loop in (batch, hb, wb)) >= tile.SHARES:
         plan.parallel(plan.fuse(batch, hb, wb))
+    elif parallel:
+        for loops in shared:
+            plan.parallel(plan.fuse(*loops))
     plan.decompose_reduction(of[TILE], first)
     return plan.mod
 
