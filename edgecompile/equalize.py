@@ -29,7 +29,8 @@ from edgecompile import linear, qdq, sensitivity
 from edgecompile.affine import Refusal
 from edgecompile.calibration import Range
 from edgecompile.graph import Graph, Tensor
-from edgecompile.linear import Changes, Scaling, op
+from edgecompile.linear import Scaling, op
+from edgecompile.linear_write import Changes
 from edgecompile.oracle import Feeds
 from edgecompile.placement import Layer, Placement
 

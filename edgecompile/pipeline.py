@@ -24,7 +24,7 @@ import onnx_graphsurgeon as gs
 
 from edgecompile import oracle, registry, stats
 from edgecompile.errors import EdgecompileError, InputError, PassError, did_you_mean
-from edgecompile.graph import Graph, where
+from edgecompile.graph import Graph, Signature, where
 from edgecompile.oracle import OutputError
 from edgecompile.stats import Stats
 
@@ -368,20 +368,9 @@ class Pipeline:
                 progress(f"pass {step_pass}")
             backup, applied = graph.copy(), context.applied
             context.begin(step_pass.name)
-            failure, errors, outputs = "", None, reference
-            start = time.perf_counter()
-            result, seconds = PassResult(), 0.0
-            try:
-                result = step_pass.run(graph, context)
-                graph.tidy()
-                seconds = time.perf_counter() - start
-                graph.check(signature)
-                if not unverified:
-                    outputs = [oracle.run(graph, f) for f in feeds or ()]
-                    errors = oracle.worst(map(oracle.compare_all, reference, outputs))
-                    failure = step_pass.reject(errors, rounding)
-            except Exception as error:  # a pass is code of others: whatever it raises, the graph must survive
-                failure = _reason(error)
+            given = None if unverified else (feeds or ())
+            done = _applied(step_pass, graph, context, signature, given, reference, rounding)
+            result, failure, outputs = done.result, done.failure, done.outputs
             if failure:
                 graph.assign(backup)
                 context.applied = applied
@@ -398,14 +387,58 @@ class Pipeline:
             pruning = result.pruning or pruning
             steps.append(
                 Step(
-                    str(step_pass), step_pass.exact, result.rewrites, result.notes, before, after, errors, seconds,
-                    failure, unverified,
+                    str(step_pass), step_pass.exact, result.rewrites, result.notes, before, after, done.errors,
+                    done.seconds, failure, unverified,
                 )
             )  # fmt: skip
             before, reference = after, outputs
             if on_step:
                 on_step(steps[-1], graph)
         return Trace(tuple(steps), sensitivity, tradeoff, pruning)
+
+
+@dataclass(frozen=True)
+class _Applied:
+    """What a pass made of a graph: outputs after it, if they were compared, and why it is not acceptable, or ``""``."""
+
+    result: PassResult
+    errors: Mapping[str, OutputError] | None
+    outputs: list[oracle.Outputs]
+    seconds: float
+    failure: str
+
+
+def _applied(
+    step_pass: Pass,
+    graph: Graph,
+    context: Context,
+    signature: Signature,
+    feeds: Sequence[Mapping[str, np.ndarray]] | None,
+    reference: list[oracle.Outputs],
+    rounding: Mapping[str, float],
+) -> _Applied:
+    """Run a pass on ``graph`` and judge what it made: structure, then its outputs on ``feeds``, unless there are none.
+
+    Args:
+        signature: that the graph must keep.
+        feeds: inputs, None: numbers are not compared.
+        reference: outputs on them before the pass.
+        rounding: as of :meth:`Pass.reject`.
+    """
+    result, errors, outputs, seconds = PassResult(), None, reference, 0.0
+    start = time.perf_counter()
+    try:
+        result = step_pass.run(graph, context)
+        graph.tidy()
+        seconds = time.perf_counter() - start
+        graph.check(signature)
+        if feeds is None:
+            return _Applied(result, None, reference, seconds, "")
+        outputs = [oracle.run(graph, f) for f in feeds]
+        errors = oracle.worst(map(oracle.compare_all, reference, outputs))
+        return _Applied(result, errors, outputs, seconds, step_pass.reject(errors, rounding))
+    except Exception as error:  # a pass is code of others: whatever it raises, the graph must survive
+        return _Applied(result, errors, outputs, seconds, _reason(error))
 
 
 def _reason(error: Exception) -> str:
@@ -470,16 +503,9 @@ def bisect(
         trial, context = graph.copy(), Context(tuple(feeds), limit)
         for step_pass in pipeline.passes:
             context.begin(step_pass.name)
-            try:
-                step_pass.run(trial, context)
-                trial.tidy()
-                trial.check(signature)
-                outputs = [oracle.run(trial, f) for f in feeds]
-                why = step_pass.reject(oracle.worst(map(oracle.compare_all, reference, outputs)), rounding)
-            except Exception as error:  # as in Pipeline.run
-                why = _reason(error)
-            if why:
-                return why, context
+            done = _applied(step_pass, trial, context, signature, feeds, reference, rounding)
+            if done.failure:
+                return done.failure, context
         return "", context
 
     why, context = attempt(None)

@@ -22,9 +22,9 @@ Split, whose other parts get ``s = 1``. Each step is proved on shapes and consta
 note.
 
 Both sides are compositions in the algebra of :mod:`edgecompile.affine`, which proves the padding;
-:mod:`edgecompile.linear` reads the maps and writes them back. All arithmetic is in float64 and is rounded once, to the
-type of the weight. A fold is refused where the rounded weights overflow, or where a channel sinks into the subnormal
-numbers (both happen in float16).
+:mod:`edgecompile.linear` reads the maps, :mod:`edgecompile.linear_write` writes them back. All arithmetic is in float64
+and is rounded once, to the type of the weight. A fold is refused where the rounded weights overflow, or where a channel
+sinks into the subnormal numbers (both happen in float16).
 
 Sources: Jacob et al., *Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference*,
 CVPR 2018, section 3.2 (batch normalisation folding); Xu et al., *RePaViT*, ICML 2025 (BatchNorm before a linear layer);
@@ -45,7 +45,9 @@ from edgecompile import affine, linear
 from edgecompile.affine import Refusal
 from edgecompile.graph import Graph, Tensor, disconnect, where
 from edgecompile.linear import Scaling, op, rank
+from edgecompile.linear_write import Changes, insert_constant
 from edgecompile.pipeline import Context, Pass, PassResult
+from edgecompile.sweep import Sweep
 
 # Nodes visited to absorb one map; keeps the pass linear in the size of the graph.
 _REACH = 128
@@ -127,7 +129,7 @@ def _fused_pattern(graph: Graph, last: gs.Node, tensor: Tensor) -> str:
 # -- pushing a map through the graph ---------------------------------------------------------------------------------
 
 
-class _Push(linear.Changes):
+class _Push(Changes):
     """One attempt to absorb a map."""
 
     def __init__(self, folder: _Folder):
@@ -412,7 +414,7 @@ _FORWARD: dict[str, _Rule] = {
 # -- the walk --------------------------------------------------------------------------------------------------------
 
 
-class _Folder(linear.Sweep):
+class _Folder(Sweep):
     """One walk over the graph in each direction."""
 
     def __init__(self, graph: Graph, context: Context):
@@ -504,7 +506,7 @@ class _Folder(linear.Sweep):
         push.commit(edits, unit.nodes)
         source, target = unit.source, unit.target
         if rest is not None:
-            linear.insert_constant(self.graph, "Add", source, rest.broadcast(rank(source))[1], target, unit.nodes)
+            insert_constant(self.graph, "Add", source, rest.broadcast(rank(source))[1], target, unit.nodes)
         disconnect(unit.nodes)
         if rest is not None:
             return
@@ -576,7 +578,7 @@ class _Folder(linear.Sweep):
         source, target = unit.source, unit.target
         for kind, value in needed:
             result = target if kind == needed[-1][0] else self.graph.new_variable(target.name, target)
-            linear.insert_constant(self.graph, kind, source, value, result, unit.nodes)
+            insert_constant(self.graph, kind, source, value, result, unit.nodes)
             source = result
         disconnect(unit.nodes)
 

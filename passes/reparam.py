@@ -46,11 +46,13 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from edgecompile import affine, linear
+from edgecompile import affine, linear, linear_write
 from edgecompile.affine import LIMIT, Affine, Refusal
 from edgecompile.graph import Graph, Tensor, disconnect, provenance, redirect, where
-from edgecompile.linear import LimitReached, Path, Plan, Step, Sweep
+from edgecompile.linear import Path, Step
+from edgecompile.linear_write import Plan
 from edgecompile.pipeline import Context, Pass, PassResult
+from edgecompile.sweep import LimitReached, Sweep
 
 # Steps that one sequence may have: with it the pass is linear in the size of the graph.
 _DEPTH = 12
@@ -246,7 +248,7 @@ class _Rewriter(Sweep):
                 old += 0 if self.live(step.node) else linear.cost(step.node)
                 if count < 2:
                     continue
-                plan = linear.plan(made)
+                plan = linear_write.plan(made)
             except Refusal as refusal:
                 why = f"{_chain(steps[:count])}: {refusal}"
                 break
@@ -392,7 +394,7 @@ class _Rewriter(Sweep):
             for term, path in rest:
                 try:
                     trial = made.plus(path)
-                    new, both = linear.plan(trial).cost, cost + old[id(term)] + addition
+                    new, both = linear_write.plan(trial).cost, cost + old[id(term)] + addition
                     if new >= both:
                         raise Refusal(_dearer(new, both))
                 except Refusal as refusal:
@@ -402,7 +404,7 @@ class _Rewriter(Sweep):
                 taken.append(term)
                 made, cost = trial, new
             try:
-                plan = linear.plan(made)
+                plan = linear_write.plan(made)
             except Refusal as refusal:
                 self.skip(str(refusal), root)
                 continue
@@ -470,7 +472,7 @@ class _Rewriter(Sweep):
                     one = path.then(Path(term.tensor, axis, tuple(range(len(exit.shape))), part))
                     made, first = one if made is None else made.plus(one), first + size
                 assert made is not None
-                plan = linear.plan(made)
+                plan = linear_write.plan(made)
             except Refusal as refusal:
                 self.skip(str(refusal), node)
                 continue
@@ -624,7 +626,7 @@ class _Rewriter(Sweep):
             narrow = replace(narrow, map=replace(narrow.map, bias=np.zeros(narrow.map.outputs)))
             shape = [len(columns) if i == axis else n for i, n in enumerate(active.entry.shape or ())]
             narrow = replace(narrow, entry=gs.Variable("narrow", active.entry.dtype, shape))
-            out = linear.plan(narrow)
+            out = linear_write.plan(narrow)
         still = Path(q, axis, order, embed_q).then(outer)
         # A constant that the active part adds is carried by the idle one.
         extra = active.map.bias - outer.map.bias
@@ -647,10 +649,10 @@ class _Rewriter(Sweep):
                 if self.live(step.node):
                     return
                 region[id(step.node)] = step.node
-            planned = None if chosen is None else linear.plan(chosen)
+            planned = None if chosen is None else linear_write.plan(chosen)
             yield _Parts(
                 tuple(region.values()), function if len(columns) else (), root, axis, len(columns),
-                int(embed_q.kernel.any((0, 2)).sum()), size, planned, out, linear.plan(still),
+                int(embed_q.kernel.any((0, 2)).sum()), size, planned, out, linear_write.plan(still),
                 linear.size(layer[0].node.outputs[0].shape),
             )  # fmt: skip
 

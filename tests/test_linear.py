@@ -10,10 +10,11 @@ import onnx_graphsurgeon as gs
 import pytest
 from onnx import TensorProto, helper, parser
 
-from edgecompile import linear, oracle
+from edgecompile import linear, linear_write, oracle
 from edgecompile.affine import Refusal
 from edgecompile.graph import Graph
-from edgecompile.linear import Changes, Path, Scaling
+from edgecompile.linear import Path, Scaling
+from edgecompile.linear_write import Changes
 
 RNG = np.random.default_rng(7)
 
@@ -108,7 +109,7 @@ def test_a_layer_is_read_and_planned_again(name: str):
     path = Path(step.entry, step.axis, step.order, step.build())
     assert path.exit_axis == exit_axis
     copy = graph.copy()
-    inserted = linear.plan(Path(copy.inputs[0], *(getattr(path, n) for n in ("axis", "order", "map"))))
+    inserted = linear_write.plan(Path(copy.inputs[0], *(getattr(path, n) for n in ("axis", "order", "map"))))
     copy.rewire(copy.outputs[0], inserted.insert(copy, "p", []))
     copy.tidy()
     assert inserted.error == 0  # nothing was merged, so nothing is rounded
