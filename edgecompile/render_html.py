@@ -148,7 +148,7 @@ def _tiles(report: Report) -> list[_Tile]:
     worst = max(errors, key=lambda e: math.inf if math.isnan(e) else e, default=None)
     tiles.append(
         _Tile(
-            "Largest error", text.error(worst), "good" if report.parity.ok and errors else "bad",
+            "Largest error", text.error(worst), "info" if not errors else "good" if report.parity.ok else "bad",
             f"of the output's largest value, against {report.parity.reference} · "
             f"{text.error(report.parity.tolerance)} allowed",
         )
@@ -274,7 +274,7 @@ def _errors(report: Report) -> Markup:
         for s in report.passes
     ]
     worst = max((e.max_rel for e in report.parity.outputs.values()), default=None)
-    rows.append((f"engine against {report.parity.reference}", worst, ""))
+    rows.append((f"engine against {report.parity.reference}", worst, "not compared" if worst is None else ""))
     allowed = report.parity.tolerance
     finite = [v for _, v, _ in rows if v and math.isfinite(v)] + [allowed]
     low, high = math.floor(math.log10(min(finite)) - 0.5), math.ceil(math.log10(max(finite)) + 0.5)

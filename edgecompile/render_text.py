@@ -500,6 +500,8 @@ def _print_passes(report: Report, screen: Screen) -> None:
 
 
 def _print_parity(report: Report, screen: Screen) -> None:
+    if not report.parity.outputs:
+        return
     allowed = report.parity.tolerance
     rows = [
         (

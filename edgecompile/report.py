@@ -473,7 +473,8 @@ class Report:
 
     def _parity_line(self, text) -> Line:
         if not self.parity.outputs:
-            return Line("warn", "Nothing was compared: the model has no outputs.")
+            why = "the engine does not run here" if self.model.outputs else "the model has no outputs"
+            return Line("warn", f"Nothing was compared: {why}.")
         against = f"against {self.parity.reference} ({text.error(self.parity.tolerance)} is allowed)"
         name, worst = max(self.parity.outputs.items(), key=lambda item: _severity(item[1].max_rel))
         if not self.parity.ok:

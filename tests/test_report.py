@@ -847,6 +847,17 @@ def test_a_bar_in_a_table_cell_does_not_end_it(bars: str):
     assert _tokens(f"| a | b |\n|--|--|\n| {bars} | 1 |\n")[1] != [bars]
 
 
+def test_why_nothing_was_compared():
+    """An engine for another machine has outputs that nobody saw; a model without any is another matter."""
+    none = Parity("eager torch", 1e-4, {})
+    (line,) = [x.text for x in full(parity=none).verdict if "compared" in x.text]
+    assert line == "Nothing was compared: the engine does not run here."
+    made = full(parity=none)
+    made = dataclasses.replace(made, model=dataclasses.replace(made.model, outputs=()))
+    assert "Nothing was compared: the model has no outputs." in [x.text for x in made.verdict]
+    assert not [x for x in full().verdict if "Nothing was compared" in x.text]
+
+
 # -- Markdown --------------------------------------------------------------------------------------------------------
 
 
@@ -854,8 +865,8 @@ def test_a_bar_in_a_table_cell_does_not_end_it(bars: str):
 def test_markdown_has_whole_tables(made: Report):
     text = render_text.markdown(made)
     kinds, _ = _tokens(text)
-    tables = 1 + 1 + (made.latency is not None) + (made.sensitivity is not None) + 2 * bool(made.layers)
-    tables += made.tradeoff is not None
+    parts = (made.parity.outputs, made.latency, made.sensitivity, made.tradeoff, made.layers, made.layers)
+    tables = 1 + sum(map(bool, parts))
     assert kinds.count("table_open") == tables
     rows = [line.replace("\\|", "").count("|") for line in text.splitlines() if line.startswith("|")]
     assert rows
