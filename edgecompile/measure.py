@@ -448,6 +448,7 @@ def _no_garbage_collection():
 # Instruction sets that change which kernels a runtime picks, by the name that Linux gives them.
 _FEATURES = (
     *("avx", "avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
+    "avx512_vpopcntdq",
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2"),
 )
 

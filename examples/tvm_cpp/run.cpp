@@ -1,9 +1,10 @@
 // Run the engine of a bundle that `edgecompile build --target tvm` wrote, without Python:
 //
-//     ./run build/net/model.so output input.npy [input.npy ...]
+//     ./run [-n CALLS] build/net/model.so output input.npy [input.npy ...]
 //
 // Inputs are .npy files (C order), one per input of model.onnx and in its order; or raw ones with a type and a shape,
-// input.bin:float32:1x3x224x224. The outputs go to output0.npy, output1.npy, ... in the order of the model.
+// input.bin:float32:1x3x224x224. The outputs go to output0.npy, output1.npy, ... in the order of the model. Then the
+// model is called CALLS times, 20 unless given, and the mean time of a call is printed.
 //
 // model.so is code: run only those you trust. The library runs on the TVM version that made it, on CPUs with the
 // features named under "device" in the bundle's manifest.json.
@@ -18,6 +19,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <map>
@@ -32,7 +34,6 @@ namespace {
 
 constexpr size_t kAlignment = 64;    // what compiled kernels take for granted of every tensor
 constexpr int kPooledAllocator = 2;  // tvm::runtime::memory::AllocatorType::kPooled
-constexpr int kTimedRuns = 20;
 
 // Memory of a tensor on the CPU.
 struct Host {
@@ -129,15 +130,17 @@ ffi::Function Named(const ffi::Module& module, const std::string& name) {
   return found.value();
 }
 
-void Run(int count, char** arguments) {
+// Arguments: the library, the begin of the names of the outputs, and the inputs.
+void Run(int calls, int count, char** arguments) {
   // The library holds code and weights; its virtual machine is made by the function "vm_load_executable".
-  ffi::Module library = ffi::Module::LoadFromFile(arguments[1]);
+  // A name without a folder would be looked for where the system has its libraries.
+  ffi::Module library = ffi::Module::LoadFromFile(std::filesystem::absolute(arguments[0]).string());
   ffi::Module machine = Named(library, "vm_load_executable")().cast<ffi::Module>();
   Named(machine, "vm_initialization")(static_cast<int>(kDLCPU), 0, kPooledAllocator);
   ffi::Function main = Named(machine, "main");
 
   std::vector<ffi::Any> inputs;
-  for (int i = 3; i < count; ++i) inputs.emplace_back(Read(arguments[i]));
+  for (int i = 2; i < count; ++i) inputs.emplace_back(Read(arguments[i]));
   std::vector<ffi::AnyView> views(inputs.begin(), inputs.end());
   ffi::Any result;
   main.CallPacked(views.data(), static_cast<int32_t>(views.size()), &result);
@@ -149,25 +152,31 @@ void Run(int count, char** arguments) {
     for (const ffi::Tensor& tensor : result.cast<ffi::Array<ffi::Tensor>>()) outputs.push_back(tensor);
   }
   for (size_t i = 0; i < outputs.size(); ++i) {
-    Write(std::string(arguments[2]) + std::to_string(i) + ".npy", outputs[i]);
+    Write(std::string(arguments[1]) + std::to_string(i) + ".npy", outputs[i]);
   }
 
+  std::cout << outputs.size() << " outputs";
   const auto start = std::chrono::steady_clock::now();
-  for (int i = 0; i < kTimedRuns; ++i) main.CallPacked(views.data(), static_cast<int32_t>(views.size()), &result);
+  for (int i = 0; i < calls; ++i) main.CallPacked(views.data(), static_cast<int32_t>(views.size()), &result);
   const std::chrono::duration<double, std::milli> spent = std::chrono::steady_clock::now() - start;
-  std::cout << outputs.size() << " outputs, " << spent.count() / kTimedRuns << " ms a call (wall clock, mean of "
-            << kTimedRuns << ")\n";
+  if (calls) std::cout << ", " << spent.count() / calls << " ms a call (wall clock, mean of " << calls << ")";
+  std::cout << '\n';
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count < 4) {
-    std::cerr << "usage: run MODEL.so OUTPUT INPUT.npy|INPUT.bin:TYPE:SHAPE...\n";
+  int calls = 20, first = 1;
+  if (count > 2 && !std::strcmp(arguments[1], "-n")) {
+    calls = std::atoi(arguments[2]);
+    first = 3;
+  }
+  if (count - first < 3 || calls < 0) {
+    std::cerr << "usage: run [-n CALLS] MODEL.so OUTPUT INPUT.npy|INPUT.bin:TYPE:SHAPE...\n";
     return 2;
   }
   try {
-    Run(count, arguments);
+    Run(calls, count - first, arguments + first);
   } catch (const std::exception& error) {  // those of TVM are of this kind too
     std::cerr << "error: " << error.what() << '\n';
     return 1;

@@ -25,7 +25,7 @@ OPTIONS: Mapping[str, tuple[Any, str]] = {
         "what meets coded weights (pass shift_add): float32; int8 rounds each token to 8 bits where that pays",
     ),
     "schedules": (True, "use edgecompile's own schedules; without them every operator gets TVM's default lowering"),
-    "tune": ("", "how long to look for faster kernels, e.g. 10m; 0s only takes what earlier searches found"),
+    "tune": ("", "how long to look for faster kernels, e.g. 10m, here or on boards; 0s takes what searches found"),
     "tuning": ("", "folder of a bundle or cache whose tuning records are applied, without looking any further"),
 }
 _ACTIVATIONS = ("float32", "int8")
@@ -36,6 +36,7 @@ _LLVM_NAMES: Mapping[str, Mapping[str, str]] = {
     "x86_64": {
         **{f: f for f in ("avx", "avx2", "fma", "avx512f", "avx512bw")},
         "avx512_vnni": "avx512vnni",
+        "avx512_vpopcntdq": "avx512vpopcntdq",
         "avx_vnni": "avxvnni",
         "avx512_bf16": "avx512bf16",
         "amx_int8": "amx-int8",

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from edgecompile.targets.tvm import options
 from edgecompile.targets.tvm.options import Options
 from edgecompile.targets.tvm.schedules import int8, tile, views
 from edgecompile.targets.tvm.schedules import shift_add as kernels
+from edgecompile.targets.tvm.schedules import shift_add_cuda as gpu
 
 ANGULAR, HAMMING = "BinaryAngularAttention", "BinarySoftmaxAttention"
 OPERATORS = (*CODED, ANGULAR, HAMMING)
@@ -32,8 +34,12 @@ _TOKENS = 4  # most that a kernel for few tokens holds in registers
 _GAIN = 1.1  # that a kernel must promise: the costs are rough
 # Bytes per cycle of one core by size of what is read again and again, and instructions on vectors that start in one
 # cycle. With these the costs are within a factor of two of what was measured on Zen 5, for AVX-512 and for AVX2, and
-# no kernel is chosen that lost there.
-_STREAMED = ((1 << 20, 32.0), (16 << 20, 16.0), (1 << 62, 7.0))
+# no kernel is chosen that lost there. Nothing was measured on ARM: the caches are those of a Cortex-A76 of a Raspberry
+# Pi 5, whose memory moves 7 bytes per cycle at most.
+_STREAMED = {
+    "x86_64": ((1 << 20, 32.0), (16 << 20, 16.0), (1 << 62, 7.0)),
+    "aarch64": ((512 << 10, 32.0), (2 << 20, 16.0), (1 << 62, 6.0)),
+}
 _STARTED = 2
 
 
@@ -103,6 +109,7 @@ class Kernel:
         decode, multiply: vector instructions for each vector of weights, once, and once for each token.
         lanes: weights in such a vector, over the float32 values in a vector.
         integer: it takes integer activations.
+        table: bytes of each group of each row besides its codes.
     """
 
     name: str
@@ -112,6 +119,7 @@ class Kernel:
     multiply: float
     lanes: int = 1
     integer: bool = False
+    table: int = 0
 
 
 def _nibbles(weights: Weights) -> tuple[np.ndarray, np.ndarray] | None:
@@ -156,21 +164,41 @@ def _fits_narrow(weights: Weights, m: int, device: str) -> bool:
     return m > 1 and "avx2" in device.split() and found is not None and bool(np.abs(found[0]).max() <= kernels.NARROW)
 
 
+def _levels(weights: Weights) -> np.ndarray:
+    """What the codes of each group of each row stand for, float32 ``[rows, groups, 16]``; beyond the last code 0."""
+    codes = np.arange(1 << weights.bits)
+    levels = np.zeros((*weights.scales.shape[-2:], 16), np.float32)
+    if weights.levels is not None:
+        levels[..., : len(codes)] = weights.levels * weights.scales[..., None]
+    else:
+        signs = (codes >> np.arange(weights.bits)[:, None, None, None] & 1) * np.float32(2) - np.float32(1)
+        levels[..., : len(codes)] = (signs * weights.scales[..., None]).sum(0, dtype=np.float32)
+    return levels
+
+
+def _fits_tables(size: int, weights: Weights, m: int, device: str) -> bool:
+    if kernels.TABLES not in device.split() or weights.bits > 4 or m > _TOKENS or not _in_groups(weights, 32):
+        return False
+    return kernels.row_tables(_levels(weights)).shape[2] == size
+
+
 _FLOAT = Kernel("float32", lambda *_: True, 32, 0, 1)
 # AVX2 has no permutation of 16 floats: a sign costs three instructions more. That is counted in :func:`cycles`.
 _KERNELS = (
     _FLOAT,
     Kernel("book", _fits_book, 4, 2, 1),
     Kernel("binary", _fits_binary, 0, 0, 3),
+    Kernel("tables", partial(_fits_tables, 2), 4, 9 / 4, 1, table=32),
+    Kernel("wide_tables", partial(_fits_tables, 4), 4, 13 / 4, 1, table=64),
     Kernel("book_int8", _fits_bytes, 4, 2, 1, 4, integer=True),
     Kernel("dot_int8", _fits_dot, 8, 0, 1, 4, integer=True),
     Kernel("narrow_int8", _fits_narrow, 8, 0, 2, 4, integer=True),
 )
 _NAMED: Mapping[str, Kernel] = {kernel.name: kernel for kernel in _KERNELS}
 _AROUND = 8  # instructions for each vector of activations and of results: to make integers and floats of them
-# Instructions that count the bits of a vector of 32-bit words: CNT and two sums of neighbours, or bytes looked up by
-# halves and added, VPOPCNTD does it in one, but few columns are rare.
-_COUNTED = {"aarch64": 3, "x86_64": 11}
+# Instructions that count the bits of a vector of 32-bit words, by the first that a device has: VPOPCNTD, CNT and two
+# sums of neighbours, or bytes looked up by halves and added. A GPU counts those of 16 lanes while it multiplies in 128.
+_COUNTED = {"avx512_vpopcntdq": 1, "aarch64": 3, "x86_64": 11, "cuda": 8}
 _CALLS = 4000  # cycles that the kernels which do so add, however little they do
 
 
@@ -178,8 +206,8 @@ def cycles(kernel: Kernel, weights: Weights, m: int, device: str) -> float:
     """What a layer of ``m`` tokens costs, roughly: what computes or what is waited for, whichever is more."""
     n, columns = weights.codes.shape
     have = tile.vectors(device)
-    size = n * columns * (kernel.bits or weights.bits) / 8
-    streamed = size / next(rate for limit, rate in _STREAMED if size <= limit)
+    size = n * columns * (kernel.bits or weights.bits) / 8 + n * weights.scales.shape[-1] * kernel.table
+    streamed = size / next(rate for limit, rate in _STREAMED[device.split()[0]] if size <= limit)
     vectors = n * columns / (have.lanes * kernel.lanes)
     sign = 3 if kernel.name in ("book", "binary") and have.lanes == 8 else 0
     once, each = kernel.decode, kernel.multiply
@@ -192,19 +220,29 @@ def cycles(kernel: Kernel, weights: Weights, m: int, device: str) -> float:
     return max(streamed, computed) + around
 
 
-def choose(weights: Weights, m: int, chosen: Options) -> Kernel:
+def choose(weights: Weights, m: int, chosen: Options) -> Kernel | gpu.Kernel:
     """The kernel for a layer: the cheapest, or float weights unless it promises to be a tenth faster."""
-    if chosen.cuda or not chosen.schedules:
+    if not chosen.schedules:
         return _FLOAT
+    if chosen.cuda:
+        codes = _on_gpu(weights)
+        quick = min((k for k in gpu.KERNELS if k.fits(m, codes)), key=lambda k: gpu.cost(k, m, codes), default=None)
+        return quick if quick and gpu.cost(quick, m, codes) * _GAIN < gpu.cost_decoded(m, codes) else _FLOAT
     device = options.device(chosen)
     able = [k for k in _KERNELS[1:] if (chosen.integers or not k.integer) and k.fits(weights, m, device)]
     best = min(able, key=lambda k: cycles(k, weights, m, device), default=_FLOAT)
     return best if cycles(best, weights, m, device) * _GAIN < cycles(_FLOAT, weights, m, device) else _FLOAT
 
 
+def _on_gpu(weights: Weights) -> gpu.Codes:
+    rows, columns = weights.codes.shape
+    return gpu.Codes(rows, columns, min(weights.group, columns), weights.bits, weights.levels is None)
+
+
 def counting_pays(inner: int, device: str) -> bool:
     """Whether scores of ``inner`` binary columns take fewer instructions as counts of bits than as sums of products."""
-    return -(-inner // kernels.BITS) * (_COUNTED[device.split()[0]] + 2) < inner
+    counted = next(count for name, count in _COUNTED.items() if name in device.split())
+    return -(-inner // kernels.BITS) * (counted + 2) < inner
 
 
 # -- what is computed --------------------------------------------------------------------------------------------------
@@ -250,7 +288,10 @@ def convert(bb: Any, op: str, inputs: list[Any], attrs: Mapping[str, Any], chose
         y = relax.op.matmul(flat, relax.const(np.ascontiguousarray(weights.decoded().T)))
         return (relax.op.reshape(bb.emit(y), (m, n, 1, 1)) if conv else y), said
     flat = _once(bb, (x, m, columns), lambda: bb.emit(relax.op.reshape(x, (m, columns))))
-    result = bb.normalize(_EMIT[kernel.name](bb, flat, weights, [m] if conv else shape[:-1], chosen))
+    if isinstance(kernel, gpu.Kernel):
+        result = bb.normalize(_coded_on_gpu(bb, flat, weights, m, kernel))
+    else:
+        result = bb.normalize(_EMIT[kernel.name](bb, flat, weights, [m] if conv else shape[:-1], chosen))
     wanted = [m, n, 1, 1] if conv else [*shape[:-1], n]
     if [int(d) for d in result.ty.shape] == wanted:
         return result, said
@@ -258,7 +299,7 @@ def convert(bb: Any, op: str, inputs: list[Any], attrs: Mapping[str, Any], chose
 
 
 def _angular(bb: Any, inputs: list[Any], turn: list[int], chosen: Options) -> tuple[Any, str]:
-    """Angular attention: one kernel, or the operators of its body."""
+    """Angular attention: kernels of its own, or the operators of its body."""
     from tvm import relax
 
     op, (q, k, v, *limits) = relax.op, inputs
@@ -268,13 +309,15 @@ def _angular(bb: Any, inputs: list[Any], turn: list[int], chosen: Options) -> tu
     same = (
         shapes[0] == shapes[1] and shapes[2][:-1] == shapes[0][:-1] and all(x.ty.dtype == "float32" for x in (q, k, v))
     )
+    by_head = None not in [_of_heads(limit, len(lead)) for limit in limits]
+    if chosen.cuda and chosen.schedules and same and by_head and gpu.angular_fits(outer):
+        y = _angular_on_gpu(bb, q, k, v, limits)
+        return op.reshape(y, shapes[2]), f"angular attention over {tokens} tokens: rows added"
     own = chosen.schedules and not chosen.cuda and alone and same
     have = tile.vectors(options.device(chosen)) if own else None
     if have and kernels.angular_fits(inner, outer, have):
-        given = [_in_memory(bb, x) for x in (q, k, v)]
-        rows = [of for _, of in given]
+        flat, rows = map(list, zip(*(_flat(bb, x) for x in (q, k, v)), strict=True))
         function = kernels.angular(lead, tokens, inner, outer, have, parallel=chosen.threads > 1, rows=rows)
-        flat = [bb.emit(op.reshape(x, (of.size,))) for x, of in given]
         flat += [bb.emit(op.reshape(limit, (1,))) for limit in limits]
         y = _call(bb, function, "angular_attention", flat, ((math.prod(lead), tokens, outer), "float32"))
         return op.reshape(y, shapes[2]), f"angular attention over {tokens} tokens: one kernel"
@@ -296,17 +339,16 @@ def _hamming(bb: Any, inputs: list[Any], turn: list[int], chosen: Options) -> tu
     biases = [int(d) for d in bias.ty.shape]
     fits = lead == others and len(biases) <= len(lead) + 2 and _single(scale) and None not in shapes
     float32 = all(x.ty.dtype == "float32" for x in inputs)
-    own, device = chosen.schedules and not chosen.cuda and fits and float32, options.device(chosen)
-    if own and kernels.hamming_fits(keys, inner) and counting_pays(inner, device):
-        given = [_in_memory(bb, x) for x in (q, k)]
-        rows, parallel = [of for _, of in given], chosen.threads > 1
-        function = kernels.hamming(
-            lead, queries, keys, inner, tile.vectors(device), parallel=parallel, rows=rows, biases=biases
-        )
-        flat = [bb.emit(op.reshape(x, (of.size,))) for x, of in given]
-        for limit, shape in zip(limits, shapes, strict=True):
-            wide = bb.emit(op.broadcast_to(bb.emit(op.reshape(limit, shape)), lead))
-            flat.append(bb.emit(op.reshape(wide, (math.prod(lead),))))
+    own, device = chosen.schedules and fits and float32, options.device(chosen)
+    if own and (chosen.cuda or kernels.hamming_fits(keys, inner)) and counting_pays(inner, device):
+        if chosen.cuda:
+            flat = [_bits(bb, x, limit) for x, limit in zip((q, k), limits, strict=True)]
+            function = gpu.counted(lead, queries, keys, inner, biases)
+        else:
+            flat, rows = map(list, zip(*(_flat(bb, x) for x in (q, k)), strict=True))
+            flat += [_by_head(bb, limit, lead) for limit in limits]
+            have, parallel = tile.vectors(device), chosen.threads > 1
+            function = kernels.hamming(lead, queries, keys, inner, have, parallel=parallel, rows=rows, biases=biases)
         flat += [bb.emit(op.reshape(scale, (1,))), bb.emit(op.reshape(bias, (math.prod(biases),)))]
         score = _call(bb, function, "binary_scores", flat, ((math.prod(lead), queries, keys), "float32"))
         score, how = bb.emit(op.reshape(score, (*lead, queries, keys))), "bits counted"
@@ -316,6 +358,34 @@ def _hamming(bb: Any, inputs: list[Any], turn: list[int], chosen: Options) -> tu
         score = bb.emit(op.add(bb.emit(op.multiply(common, scale)), bias))
     share = bb.emit(op.nn.softmax(score, axis=-1))
     return op.matmul(share, v), f"binary attention over {keys} tokens: {how}"
+
+
+def _angular_on_gpu(bb: Any, q: Any, k: Any, v: Any, limits: Sequence[Any]) -> Any:
+    """Angular attention whose thresholds do not differ within a head, ``[heads, tokens, columns]``."""
+    (*lead, tokens, inner), outer = ([int(d) for d in q.ty.shape], int(v.ty.shape[-1]))
+    asked, given = (_bits(bb, x, limit) for x, limit in zip((q, k), limits, strict=True))
+    flat, rows = _flat(bb, v)
+    heads, like = math.prod(lead), (lead, tokens, inner, outer, rows)
+    state = ((heads, tile.padded(inner, kernels.BITS), outer), "float32")
+    near = _call(bb, gpu.gathered(*like), "values_gathered", [given, flat], state)
+    return _call(bb, gpu.angular(*like), "angular_attention", [asked, near, flat], ((heads, tokens, outer), "float32"))
+
+
+def _bits(bb: Any, x: Any, limit: Any) -> Any:
+    """What of the rows of a tensor exceeds its threshold, as bits, uint32 ``[heads, tokens, words]``."""
+    *lead, tokens, inner = (int(d) for d in x.ty.shape)
+    flat, rows = _flat(bb, x)
+    shape = (math.prod(lead), tokens, -(-inner // kernels.BITS))
+    function = gpu.binarised(lead, tokens, inner, rows)
+    return _call(bb, function, "binarise", [flat, _by_head(bb, limit, lead)], (shape, "uint32"))
+
+
+def _by_head(bb: Any, limit: Any, lead: Sequence[int]) -> Any:
+    """Thresholds of which :func:`_of_heads` knows the shape, one for each head."""
+    from tvm.relax import op
+
+    wide = bb.emit(op.broadcast_to(bb.emit(op.reshape(limit, _of_heads(limit, len(lead)))), lead))
+    return bb.emit(op.reshape(wide, (math.prod(lead),)))
 
 
 def _single(x: Any) -> bool:
@@ -343,11 +413,16 @@ def _binarised(bb: Any, x: Any, limit: Any) -> Any:
     return bb.emit(op.astype(above, "float32"))
 
 
-def _in_memory(bb: Any, x: Any) -> tuple[Any, kernels.Rows]:
-    """What holds the rows of a tensor, and where: the projection that it is a view of, if that has whole rows."""
+def _flat(bb: Any, x: Any) -> tuple[Any, kernels.Rows]:
+    """What holds the rows of a tensor, in one axis, and where: a projection that it is a view of, if that has whole
+    rows.
+    """
+    from tvm.relax import op
+
     view = views.behind(bb, x)
     rows = kernels.Rows.of(view)
-    return (x, kernels.Rows.dense(view.shape)) if rows is None else (view.source, rows)
+    held, rows = (x, kernels.Rows.dense(view.shape)) if rows is None else (view.source, rows)
+    return bb.emit(op.reshape(held, (rows.size,))), rows
 
 
 def _call(bb: Any, function: Any, name: str, arguments: list[Any], *results: tuple[tuple[int, ...], str]) -> Any:
@@ -379,6 +454,13 @@ def _quantised(bb: Any, x: Any, m: int, columns: int, group: int, largest: int, 
     return _once(bb, (x, group, largest), make)
 
 
+def _coded_on_gpu(bb: Any, x: Any, weights: Weights, m: int, kernel: gpu.Kernel) -> Any:
+    codes = _on_gpu(weights)
+    levels = np.zeros(1 << codes.bits, np.float32) if weights.levels is None else weights.levels
+    constants = [codes.words(weights.codes), codes.scales(weights.scales), levels]
+    return _call(bb, kernel.make(m, codes), f"{kernel.name}_product", [x, *constants], ((m, codes.rows), "float32"))
+
+
 def _book(bb: Any, x: Any, weights: Weights, lead: Sequence[int], chosen: Options) -> Any:
     m, (n, columns) = math.prod(lead), weights.codes.shape
     how, found = kernels.lookup(options.device(chosen)), _nibbles(weights)
@@ -407,6 +489,16 @@ def _binary(bb: Any, x: Any, weights: Weights, lead: Sequence[int], chosen: Opti
         kernels.signs(how),
     ]
     return _call(bb, function, "binary_gemv", [x, *constants], ((m, n), "float32"))
+
+
+def _tables(bb: Any, x: Any, weights: Weights, lead: Sequence[int], chosen: Options) -> Any:
+    m, (n, columns) = math.prod(lead), weights.codes.shape
+    held = [kernels.nibbles(weights.codes), kernels.row_tables(_levels(weights))]
+    more = tile.padded(n, kernels.rows_of(m)) - n
+    held = [np.concatenate([part, np.zeros((more, *part.shape[1:]), part.dtype)]) for part in held]
+    group, parallel = _whole_words(weights, 32), chosen.threads > 1
+    function = kernels.tabled(m, n, columns, group, held[1].shape[2], parallel=parallel)
+    return _call(bb, function, "table_gemv", [x, *held], ((m, n), "float32"))
 
 
 def _book_int8(bb: Any, x: Any, weights: Weights, lead: Sequence[int], chosen: Options) -> Any:
@@ -464,6 +556,8 @@ def _narrow_int8(bb: Any, x: Any, weights: Weights, lead: Sequence[int], chosen:
 _EMIT = {
     "book": _book,
     "binary": _binary,
+    "tables": _tables,
+    "wide_tables": _tables,
     "book_int8": _book_int8,
     "dot_int8": _dot_int8,
     "narrow_int8": _narrow_int8,

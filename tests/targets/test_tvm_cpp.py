@@ -63,8 +63,8 @@ def made(tmp_path_factory) -> Bundle:
     return driver.build(source, place / "made", options)
 
 
-def run(program: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60)
+def run(program: Path, *arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([program, *arguments], capture_output=True, text=True, timeout=60, cwd=cwd)
 
 
 def test_the_program_computes_what_the_engine_does(program, made, tmp_path):
@@ -84,6 +84,11 @@ def test_the_program_computes_what_the_engine_does(program, made, tmp_path):
             found = np.load(tmp_path / f"out{number}.npy")
             assert found.dtype == value.dtype
             np.testing.assert_array_equal(found, value)
+    beside = run(program, "model.so", tmp_path / "out", tmp_path / "x.npy", tmp_path / "s.npy", cwd=made.path)
+    assert beside.returncode == 0, beside.stderr
+    for calls, said in (("3", r"2 outputs, .* mean of 3\)\n"), ("0", r"2 outputs\n")):
+        done = run(program, "-n", calls, library, tmp_path / "out", tmp_path / "x.npy", tmp_path / "s.npy")
+        assert re.fullmatch(said, done.stdout)
     np.save(tmp_path / "s.npy", feeds["s"] + 1)
     run(program, library, tmp_path / "out", tmp_path / "x.npy", tmp_path / "s.npy")
     assert not np.array_equal(np.load(tmp_path / "out0.npy"), expected["z"])
@@ -109,6 +114,7 @@ def test_what_cannot_be_run_is_one_message(program, made, tmp_path):
         assert done.returncode == 1 and done.stderr.startswith("error: ") and said in done.stderr, (x, done.stderr)
     assert run(program, tmp_path / "none.so", tmp_path / "out", tmp_path / "x.npy").returncode == 1
     assert run(program, library).returncode == 2
+    assert run(program, "-n", "-1", library, tmp_path / "out", tmp_path / "x.npy").returncode == 2
 
 
 def test_the_readme_names_what_the_manifest_holds(made):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -134,7 +135,7 @@ def test_signs_of_four_columns_number_their_sum(feature):
 
 
 @pytest.mark.parametrize("feature", ["avx512f", "avx2"])
-@pytest.mark.parametrize(("tokens", "inner", "outer"), [(7, 16, 32), (50, 64, 64)])
+@pytest.mark.parametrize(("tokens", "inner", "outer"), [(7, 16, 32), (50, 64, 64), (7, 16, 80)])
 def test_angular_attention_is_its_formula(feature, tokens, inner, outer):
     have = Vectors(16, 32) if feature == "avx512f" else Vectors(8, 16)
     q, k = (RNG.standard_normal((2, tokens, inner)).astype(np.float32) for _ in range(2))
@@ -165,12 +166,42 @@ def test_arm_boards_look_levels_up_by_bytes(mcpu, there):
         4,
     )
     if there is None:
-        assert how is None and shift_add.choose(weights, 1, chosen).name == "float32"
+        assert how is None and shift_add.choose(weights, 1, chosen).name == "tables"
         return
     assert how is not None and shift_add.choose(weights, 1, chosen).name == "book_int8"
     library: Any = compiled(kernels.book_int8(1, 64, 64, 64, how, parallel=False), dict(chosen.target))
     text = library.mod.inspect_source("asm")
     assert all(re.search(name, text) for name in there)
+
+
+@pytest.mark.parametrize(("kind", "bits", "size"), [("pot", 3, 2), ("sp2", 4, 2), ("binary", 3, 4)])
+def test_bytes_of_levels_in_tables_are_the_weights(kind, bits, size):
+    weight = RNG.standard_normal((5, 77)).astype(np.float32)
+    encoded = codes.encode(weight, kind, bits, group=32)
+    held = [codes.pack(encoded.codes, bits), encoded.exponents]
+    held += [] if kind == "binary" else [codes.book(kind, bits)]
+    weights = shift_add.read("BinaryCodedLinear" if kind == "binary" else "ShiftLinear", held, 77, 32)
+    tables, packed = kernels.row_tables(shift_add._levels(weights)), kernels.nibbles(weights.codes)
+    assert tables.shape == (5, 3, size, 16) and packed.shape == (5, 3, 16)
+    number = np.stack([packed & 15, packed >> 4], 2).reshape(5, 3, 32)
+    found = np.zeros((5, 3, 32, 4), np.uint8)
+    for byte in range(size):
+        found[..., 4 - size + byte] = np.take_along_axis(tables[:, :, byte].view(np.uint8), number, 2)
+    assert np.array_equal(found.view("<f4").reshape(5, 96)[:, :77], weights.decoded())
+    # A level that needs a third byte takes four.
+    assert kernels.row_tables(np.full((1, 1, 16), 1 + 2**-8, np.float32)).shape[2] == 4
+
+
+def test_arm_boards_interleave_bytes_of_floats():
+    chosen = options.parse({"threads": 1, "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72"})
+    library: Any = compiled(kernels.tabled(1, 64, 1024, 1024, 2, parallel=False), dict(chosen.target))
+    text = library.mod.inspect_source("asm")
+    loop = max(
+        re.findall(r"^\.LBB\d+_\d+:\n(.*?\bb\.\w+)", text, re.MULTILINE | re.DOTALL), key=lambda s: s.count("tbl")
+    )
+    # What the cost model counts, for two rows of 32 columns: nine instructions for 16 weights beside the multiply-adds.
+    count = {name: len(re.findall(rf"^\s+{name}\b", loop, re.MULTILINE)) for name in ("tbl", "zip[12]", "ushr", "fmla")}
+    assert count == {"tbl": 8, "zip[12]": 24, "ushr": 2, "fmla": 16}
 
 
 # -- which kernel ------------------------------------------------------------------------------------------------------
@@ -197,12 +228,36 @@ def weights_of(kind: str, rows: int, columns: int, bits: int = 4) -> shift_add.W
         ("pot", 4, 196, "znver4", INTEGERS, "dot_int8"),
         ("pot", 4, 1, "x86-64", INTEGERS, "float32"),
         ("pot", 4, 1, "skylake-avx512", {"schedules": "no"}, "float32"),
-        ("pot", 4, 1, "skylake-avx512", {"arch": "sm_87"}, "float32"),
+        ("pot", 4, 1, "skylake-avx512", {"arch": "sm_87"}, "book"),
+        ("pot", 4, 1, "skylake-avx512", {"arch": "sm_87", "schedules": "no"}, "float32"),
     ],
 )
 def test_a_kernel_is_chosen_where_it_pays(kind, bits, tokens, mcpu, given, expected):
     chosen = options.parse({"threads": 1, "mtriple": "x86_64-linux-gnu", "mcpu": mcpu, **given})
     assert shift_add.choose(weights_of(kind, 1536, 768, bits), tokens, chosen).name == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "tokens", "group", "given", "expected"),
+    [
+        ("pot", 1536, 1, 0, {}, "tables"),
+        ("sp2", 1536, 2, 256, {}, "tables"),
+        ("binary", 1536, 1, 256, {}, "wide_tables"),
+        ("pot", 384, 1, 0, {}, "float32"),  # floats that stay in the cache are read faster than codes are looked up
+        ("pot", 1536, 4, 0, {}, "float32"),
+        ("pot", 1536, 1, 24, {}, "float32"),
+        ("pot", 1536, 1, 0, INTEGERS, "tables"),
+        ("pot", 1536, 1, 0, {"mcpu": "cortex-a76", **INTEGERS}, "book_int8"),
+        ("pot", 1536, 196, 0, {"mcpu": "cortex-a76", **INTEGERS}, "dot_int8"),
+    ],
+)
+def test_a_kernel_for_an_arm_board_is_chosen_where_it_pays(kind, rows, tokens, group, given, expected):
+    chosen = options.parse({"threads": 1, "mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a72", **given})
+    weights = weights_of(kind, rows, 768)
+    if group:
+        scales = np.repeat(weights.scales, -(-768 // group), -1)
+        weights = dataclasses.replace(weights, scales=scales * np.float32(0.7 if kind == "binary" else 1), group=group)
+    assert shift_add.choose(weights, tokens, chosen).name == expected
 
 
 def test_an_unknown_type_of_activations_is_refused():
@@ -425,21 +480,20 @@ def test_common_ones_are_counted_exactly(feature, tokens, keys, inner):
 
 
 @pytest.mark.parametrize(
-    ("target", "there"),
+    ("target", "there", "least"),  # columns from which counting pays: one word of them
     [
-        ({"mtriple": "x86_64-linux-gnu", "mcpu": "znver4"}, r"\bvpopcntd\b"),
-        ({"mtriple": "x86_64-linux-gnu", "mcpu": "haswell"}, r"\bvpshufb\b"),
-        ({"mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}, r"\bcnt\b"),
+        ({"mtriple": "x86_64-linux-gnu", "mcpu": "znver4"}, r"\bvpopcntd\b", 4),
+        ({"mtriple": "x86_64-linux-gnu", "mcpu": "skylake-avx512"}, r"\bvpshufb\b", 14),
+        ({"mtriple": "x86_64-linux-gnu", "mcpu": "haswell"}, r"\bvpshufb\b", 14),
+        ({"mtriple": "aarch64-linux-gnu", "mcpu": "cortex-a76"}, r"\bcnt\b", 6),
     ],
 )
-def test_bits_are_counted_by_the_instructions_of_the_cpu(target, there):
+def test_bits_are_counted_by_the_instructions_of_the_cpu(target, there, least):
     chosen = options.parse({"threads": 1, **target})
     device = options.device(chosen)
     function = kernels.hamming((1,), 8, 32, 64, shift_add.tile.vectors(device), parallel=False)
     library: Any = compiled(function, dict(chosen.target))
     assert re.search(there, library.mod.inspect_source("asm"))
-    # One word for 14 columns of x86, 6 of AArch64, is where counting begins to pay.
-    least = 6 if "aarch64" in device else 14
     assert shift_add.counting_pays(least, device) and not shift_add.counting_pays(least - 1, device)
 
 

@@ -117,7 +117,7 @@ def layout() -> list:
     from tvm.relax import transform
 
     return [
-        transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "OHWI"]}),
+        transform.ConvertLayout({"relax.nn.conv2d": ["NHWC", "OHWI"], "relax.nn.conv2d_transpose": ["NHWC", "IOHW"]}),
         transform.Normalize(),
         passes.module_pass(lambda module, _: constants.permuted(module), opt_level=0),
     ]

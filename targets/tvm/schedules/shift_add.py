@@ -6,6 +6,10 @@ and a word is all that is loaded for eight weights of each lane.
 - *Book, float activations* (:func:`book`). A register holds the book, and ``level = book[code]`` is one permutation on
   AVX-512; on AVX2, whose permutation has eight places, the highest bit of a code is its sign. The result is that of
   float32 weights, up to the order of the sum.
+- *Any code, float activations, NEON* (:func:`tabled`), which permutes bytes, not floats: each byte of a level is looked
+  up in a table of its own, for 16 columns of a row at once, and the bytes are interleaved to floats. The tables hold
+  the levels of one group of one row times its scale. Of a book those are a few bits times a power of two, whose lower
+  two bytes are 0; of binary codes they need all four.
 - *Binary codes, float activations* (:func:`binary`). ``sum_k s_k x_k`` over four columns has 16 possible values, which
   are computed once and shared by all rows; four signs of a row are the number of one of them. Nothing is multiplied but
   the sum of a group, by its scale.
@@ -19,6 +23,8 @@ and a word is all that is loaded for eight weights of each lane.
 - *Narrow weights, integer activations* (:func:`narrow`), where the machine has no instruction that adds four products.
   With ``|w| <= 8`` and ``|x| <= 63``, ``w + 8`` lies in [0, 16], one VPMADDUBSW gives at most ``2 * 16 * 63 = 2016`` in
   magnitude, and 16 of them at most ``32256 < 2^15``: they are added in 16 bits, and widened after every 32 columns.
+  NEON has no such kernel: where there is SDOT that is faster, and where there is not, SMLAL adds one product in a lane
+  of 16 bits, where VPMADDUBSW adds two: at most twice as many as a float multiply-add in lanes of 32 bits.
 
 Integer activations are those of :func:`quantised`: per token, symmetric, ``s = max|x| / q``, ``round(x / s)``.
 
@@ -105,6 +111,11 @@ BYTES = (
 )
 
 
+TABLES = "asimd"  # the feature, as Linux names it, of what :func:`tabled` needs
+_TABLE_LOOKUP = "llvm.aarch64.neon.tbl1.v16i8"
+_BYTES, _BLOCK = 16, 32  # bytes of its operands, and columns whose codes fill one
+
+
 def lookup(device: str) -> Lookup | None:
     """The permutation of floats that a device has, which :func:`edgecompile.targets.tvm.options.device` describes."""
     features = device.split()
@@ -182,6 +193,29 @@ def whole(levels: np.ndarray) -> tuple[np.ndarray, int] | None:
     last = int(np.min(exponent - 24 + np.log2(bits & -bits).astype(np.int64)))
     numbers = np.ldexp(levels.astype(np.float64), -last)
     return (numbers.astype(np.int8), last) if np.abs(numbers).max() <= LARGEST else None
+
+
+def row_tables(levels: np.ndarray) -> np.ndarray:
+    """Bytes of the levels of each group of each row, as :func:`tabled` looks them up.
+
+    Args:
+        levels: float32 ``[rows, groups, 16]``, times their scales.
+
+    Returns:
+        int8 ``[rows, groups, bytes, 16]``, from the lowest byte; only the upper two where the others are 0 in all.
+    """
+    parts = np.ascontiguousarray(levels, "<f4").view(np.int8).reshape(*levels.shape, 4)
+    kept = parts[..., 0 if parts[..., :2].any() else 2 :]
+    return np.ascontiguousarray(kept.swapaxes(-1, -2))
+
+
+def nibbles(codes: np.ndarray) -> np.ndarray:
+    """Codes below 16, ``[rows, columns]``, as uint8 ``[rows, columns / 32, 16]``; lower halves are columns 0 to 15."""
+    rows, columns = codes.shape
+    wide = np.zeros((rows, padded(columns, _BLOCK)), np.uint8)
+    wide[:, :columns] = codes
+    wide = wide.reshape(rows, -1, 2, _BYTES)
+    return wide[:, :, 0] | wide[:, :, 1] << 4
 
 
 # -- kernels -----------------------------------------------------------------------------------------------------------
@@ -388,6 +422,106 @@ def binary(m: int, n: int, columns: int, group: int, bits: int, how: Lookup, *, 
 def tiles_of_planes(m: int, bits: int, registers: int) -> int:
     """Vectors side by side in a tile: one sum for each plane and token."""
     return max(1, registers // (bits * m))
+
+
+def tabled(m: int, n: int, columns: int, group: int, size: int, *, parallel: bool) -> Any:
+    """``x [m, columns]`` times weights of four bits, ``[m, n]``, whose levels are looked up byte by byte, by NEON.
+
+    Args:
+        m, n, columns, parallel: as of :func:`book`.
+        group: inputs that share a table, a multiple of 32.
+        size: bytes of a level that are looked up, 2 or 4.
+
+    Returns:
+        a function of x, :func:`nibbles`, :func:`row_tables`, and the result; rows are filled to a multiple of
+        :func:`rows_of`.
+    """
+    from tvm.script import tirx as T
+
+    side, across = rows_of(m), _BYTES // 4
+    tiles, deep = padded(n, side) // side, padded(columns, _BLOCK) // _BLOCK
+    groups, per = -(-columns // group), group // _BLOCK
+    ahead, loop, ask = _AHEAD // _BYTES, _loop(parallel), _fetch()
+    byte, every, zero = T.ramp(0, 1, _BYTES), T.ramp(0, 1, 4), T.broadcast(T.float32(0), 4)
+    permute, lower = T.llvm_lookup_intrinsic_id(_TABLE_LOOKUP), T.broadcast(T.int8(0), _BYTES)
+
+    def number(word: Any, half: Any) -> Any:
+        low = T.bitwise_and(word, T.broadcast(T.uint8(15), _BYTES))
+        high = T.shift_right(word, T.broadcast(T.uint8(4), _BYTES))
+        return T.reinterpret(T.Select(half == 0, low, high), dtype=f"int8x{_BYTES}")
+
+    def interleaved(pair: Sequence[Any], upper: bool, lanes: int) -> Any:
+        """The lower or the upper halves of two vectors, lane by lane."""
+        first = lanes // 2 if upper else 0
+        return T.Shuffle(pair, [first + i // 2 + lanes * (i % 2) for i in range(lanes)])
+
+    def level(part: Any, v: int) -> Any:
+        """Four of 16 floats by their bytes."""
+        parts = [part[p, byte] for p in range(size)]
+        high = interleaved(parts[-2:], v > 1, _BYTES)
+        low = interleaved(parts[:2], v > 1, _BYTES) if size == 4 else lower
+        pair = [T.reinterpret(half, dtype=f"int16x{_BYTES // 2}") for half in (low, high)]
+        return T.reinterpret(interleaved(pair, v % 2 == 1, _BYTES // 2), dtype="float32x4")
+
+    def four(given: Any, i: Any, block: Any, half: Any, v: int) -> Any:
+        return given[i, T.ramp(block * _BLOCK + half * _BYTES + v * 4, 1, 4)]
+
+    @T.prim_func(s_tir=True)
+    def kernel(
+        x: T.Buffer((m, columns), "float32"),
+        weights: T.Buffer((tiles * side, deep, _BYTES), "uint8"),
+        tables: T.Buffer((tiles * side, groups, size, _BYTES), "int8"),
+        y: T.Buffer((m, n), "float32"),
+    ) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        total = T.sblock_alloc_buffer((m, side, across, 4), "float32", scope="local")
+        held = T.sblock_alloc_buffer((side, size, _BYTES), "int8", scope="local")
+        part = T.sblock_alloc_buffer((size, _BYTES), "int8", scope="local")
+        given = T.sblock_alloc_buffer((m, deep * _BLOCK), "float32")
+        for i in T.serial(m):
+            for k in T.serial(deep * _BLOCK):
+                given[i, k] = T.if_then_else(k < columns, x[i, T.min(k, columns - 1)], T.float32(0))
+        for o in loop(tiles):
+            for i in T.unroll(m):
+                for r in T.unroll(side):
+                    for v in T.unroll(across):
+                        total[i, r, v, every] = zero
+            for g in T.serial(groups):
+                for r in T.unroll(side):
+                    for p in T.unroll(size):
+                        held[r, p, byte] = tables[o * side + r, g, p, byte]
+                for k in T.serial(T.min(per, deep - g * per)):
+                    for r in T.unroll(side):
+                        T.evaluate(ask(T.address_of(weights[o * side + r, g * per + k + ahead, 0])))
+                        for h in T.unroll(2):
+                            for p in T.unroll(size):
+                                part[p, byte] = T.call_llvm_pure_intrin(
+                                    permute,
+                                    held[r, p, byte],
+                                    number(weights[o * side + r, g * per + k, byte], h),
+                                    dtype=f"int8x{_BYTES}",
+                                )
+                            for i in T.unroll(m):
+                                total[i, r, 0, every] += level(part, 0) * four(given, i, g * per + k, h, 0)
+                                total[i, r, 1, every] += level(part, 1) * four(given, i, g * per + k, h, 1)
+                                total[i, r, 2, every] += level(part, 2) * four(given, i, g * per + k, h, 2)
+                                total[i, r, 3, every] += level(part, 3) * four(given, i, g * per + k, h, 3)
+            for i in T.serial(m):
+                for r in T.unroll(side):
+                    if o * side + r < n:
+                        y[i, o * side + r] = _whole(
+                            (total[i, r, 0, every] + total[i, r, 1, every])
+                            + (total[i, r, 2, every] + total[i, r, 3, every]),
+                            "float32",
+                            4,
+                        )
+
+    return kernel.with_attr(_OPAQUE)
+
+
+def rows_of(m: int) -> int:
+    """Rows of weights that :func:`tabled` goes through side by side."""
+    return 2 if m == 1 else 1
 
 
 def quantised(m: int, columns: int, group: int, largest: int, *, parallel: bool) -> Any:
@@ -732,7 +866,10 @@ def angular(
     held = max(1, min(quads, _TABLE // (4 * _QUAD_SUMS * outer)))  # quads of rows of v whose sums are held
     rounds = -(-quads // held)
     chunk = max(c for c in range(1, wide + 1) if wide % c == 0 and (c == 1 or _table(inner, c * lanes) <= _TABLE))
-    down, across = (max(1, min(limit, have.count // 2 // of)) for limit, of in ((2, wide), (QUAD, chunk)))
+    # Both divide the rows that they share.
+    down, across = (
+        next((n for n in sizes if n * of <= have.count // 2), 1) for sizes, of in (((2,), wide), ((QUAD, 2), chunk))
+    )
     table = max(held * _QUAD_SUMS * outer, _table(inner, chunk * lanes) // 4)
     every, zero = T.ramp(0, 1, lanes), T.broadcast(T.float32(0), lanes)
     # In each group of four lanes the bits 1, 2, 4, 8.
@@ -747,14 +884,18 @@ def angular(
         """``mark`` in the lanes that exceed a limit."""
         return T.Select(values > T.broadcast(limit, lanes), mark, T.broadcast(T.int32(0), lanes))
 
+    def quads_of(c: Any) -> Any:
+        """Where the numbers of a vector of columns lie."""
+        return T.ramp(c * (lanes // QUAD), 1, lanes // QUAD) if lanes > QUAD else c
+
     def numbers(marks: Any) -> Any:
         """The sum of the marks of each four lanes."""
         n = lanes // QUAD
-        kind, spread, top = f"int32x{n}", T.broadcast(T.int32(0x01010101), n), T.broadcast(T.int32(24), n)
         if n == 1:
-            kind, spread, top = "int32", T.int32(0x01010101), T.int32(24)
-        four = T.reinterpret(T.Cast(f"int8x{lanes}", marks), dtype=kind)
-        return T.Cast(f"uint8x{n}" if n > 1 else "uint8", T.shift_right(four * spread, top))
+            return T.Cast("uint8", _whole(marks, "int32", lanes))
+        four = T.reinterpret(T.Cast(f"int8x{lanes}", marks), dtype=f"int32x{n}")
+        top = T.shift_right(four * T.broadcast(T.int32(0x01010101), n), T.broadcast(T.int32(24), n))
+        return T.Cast(f"uint8x{n}", top)
 
     @T.prim_func(s_tir=True)
     def kernel(
@@ -846,7 +987,7 @@ def angular(
                     limit[i] = T.sqrt(_whole(square[every], "float32", lanes)) * q_threshold[0]
                 for i in T.unroll(QUAD):
                     for c in T.unroll(deep):
-                        asked[h % own, o * QUAD + i, T.ramp(c * (lanes // QUAD), 1, lanes // QUAD)] = numbers(
+                        asked[h % own, o * QUAD + i, quads_of(c)] = numbers(
                             marked(q[here(q_rows, h, o * QUAD + i, c)], limit[i], bit)
                         )
                     squares[h % own, o * QUAD + i, every] = zero
