@@ -1,6 +1,6 @@
 """Coded weights as TensorRT plugins: the graph that the parser gets, the kernel, and the engine through the double.
 
-The kernel is CUDA C that a C++ compiler takes too: here threads of a block are fibers that change at each barrier.
+The kernel is CUDA C that a C++ compiler takes too, with the header ``cuda_on_host.h``.
 """
 
 from __future__ import annotations
@@ -155,54 +155,13 @@ def test_tokens_of_a_thread(shape: list[Any], name: str, tile: int):
 
 # -- the kernel --------------------------------------------------------------------------------------------------------
 
-SHIM = """
-#include <functional>
-#include <math.h>
-#include <ucontext.h>
-#include <vector>
-#define __global__
-#define __shared__ static
-struct Index { int x, y; };
-static Index threadIdx, blockIdx;
-static ucontext_t home;
-static std::vector<ucontext_t> fibers;
-static std::vector<char> finished;
-static std::function<void()> body;
-static int current;
-static void __syncthreads() { swapcontext(&fibers[current], &home); }
-static void enter() { body(); finished[current] = 1; }
-static void run(const int *grid) {
-    static const size_t size = 1 << 16;
-    const int threads = grid[2] * grid[3];
-    std::vector<char> stacks(size * threads);
-    for (blockIdx.y = 0; blockIdx.y < grid[1]; ++blockIdx.y)
-        for (blockIdx.x = 0; blockIdx.x < grid[0]; ++blockIdx.x) {
-            fibers.assign(threads, ucontext_t());
-            finished.assign(threads, 0);
-            for (int i = 0; i < threads; ++i) {
-                getcontext(&fibers[i]);
-                fibers[i].uc_stack.ss_sp = &stacks[size * i];
-                fibers[i].uc_stack.ss_size = size;
-                fibers[i].uc_link = &home;
-                makecontext(&fibers[i], enter, 0);
-            }
-            for (int left = threads; left;) {
-                left = 0;
-                for (current = 0; current < threads; ++current)
-                    if (!finished[current]) {
-                        threadIdx = {current % grid[2], current / grid[2]};
-                        swapcontext(&home, &fibers[current]);
-                        left += !finished[current];
-                    }
-            }
-        }
-}
-"""
+HEADER = Path(__file__).parents[1] / "cuda_on_host.h"
 LAUNCH = """
-extern "C" void launch_%d(const int *grid, const float *x, const unsigned int *words, const signed char *exponents,
-                          const float *levels, const int *scalars, float *y) {
-    body = [=] { kernel_%d(x, words, exponents, %s scalars[0], scalars[1], scalars[2], y); };
-    run(grid);
+extern "C" int launch_%d(const unsigned *grid, const unsigned *block, const float *x, const unsigned int *words,
+                         const signed char *exponents, const float *levels, const int *scalars, float *y) {
+    return run(grid, block, true, [=] {
+        kernel_%d(x, words, exponents, %s scalars[0], scalars[1], scalars[2], y);
+    });
 }
 """
 
@@ -222,7 +181,7 @@ def host(kernels: Sequence[tuple[str, shift_add.Kernel]], folder: Path) -> ctype
     if compiler is None:
         pytest.skip("no C++ compiler")
     launches = [LAUNCH % (i, i, "" if n.startswith("Binary") else "levels,") for i, (n, _) in enumerate(kernels)]
-    (folder / "kernels.cpp").write_text("\n".join([SHIM, *joined(kernels), *launches]))
+    (folder / "kernels.cpp").write_text("\n".join([f'#include "{HEADER.name}"', *joined(kernels), *launches]))
     command = [
         compiler,
         "-std=c++17",
@@ -233,7 +192,7 @@ def host(kernels: Sequence[tuple[str, shift_add.Kernel]], folder: Path) -> ctype
         "-Wno-unknown-pragmas",
         "-shared",
     ]
-    command += ["-fPIC", "-o", str(folder / "kernels.so"), str(folder / "kernels.cpp")]
+    command += ["-fPIC", f"-I{HEADER.parent}", "-o", str(folder / "kernels.so"), str(folder / "kernels.cpp")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(folder / "kernels.so"))
@@ -249,12 +208,13 @@ def launched(library: ctypes.CDLL, index: int, plugin: Graph, x: np.ndarray, row
     output = shift_add._description(trt._plugin, node.op)(*tensors, constants=constants_of(kernel))
     implemented = shift_add._implementation(trt._plugin, node.op, {(node.op, kernel): b""})
     _, _, launch, scalars = implemented(*tensors, constants_of(kernel), (output,), 0)
-    assert launch.grid_z == launch.block_z == 1 and launch.block_x * launch.block_y <= 1024
+    assert launch.block_x * launch.block_y * launch.block_z <= 1024
     y = np.full(output.shape_expr, np.nan, np.float32)
-    whole = [np.asarray(v, np.int32) for v in ((launch.grid_x, launch.grid_y, launch.block_x, launch.block_y), scalars)]
+    grid, block = ([getattr(launch, f"{of}_{axis}") for axis in "xyz"] for of in ("grid", "block"))
+    whole = [np.asarray(v, np.int32) for v in (grid, block, scalars)]
     held += [held[0]] * (3 - len(held))
-    arguments = (whole[0], np.ascontiguousarray(x), *held, whole[1], y)
-    getattr(library, f"launch_{index}")(*(ctypes.c_void_p(a.ctypes.data) for a in arguments))
+    arguments = (*whole[:2], np.ascontiguousarray(x), *held, whole[2], y)
+    assert getattr(library, f"launch_{index}")(*(ctypes.c_void_p(a.ctypes.data) for a in arguments))
     return y
 
 
