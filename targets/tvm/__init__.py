@@ -21,10 +21,12 @@ from edgecompile import functions, measure
 from edgecompile.errors import EnvironmentMissing, InputError, missing_extra
 from edgecompile.files import write_atomic
 from edgecompile.graph import Graph, named
-from edgecompile.target import Capability, Engine, EngineManifest, Target
-from edgecompile.targets.tvm import lower, tune
+from edgecompile.target import Capability, Engine, EngineManifest, LayerTime, Target
+from edgecompile.targets.tvm import cuda, lower, tune
 from edgecompile.targets.tvm import options as tvm_options
-from edgecompile.targets.tvm.engine import TvmEngine
+from edgecompile.targets.tvm.engine import TvmEngine, layers
+from edgecompile.targets.tvm.lower import Compiled
+from edgecompile.targets.tvm.options import Options
 
 ENGINE, KERNELS = "model.so", "kernels.json"
 _REBUILD = "build it again on this machine: edgecompile build model.onnx --target tvm"
@@ -44,7 +46,7 @@ class TvmTarget(Target):
     static: ClassVar[bool] = True
 
     def probe(self) -> Sequence[Capability]:
-        """TVM, the CPU it compiles for by default, and the linkers."""
+        """TVM, the CPU it compiles for by default, the linkers, and the compiler for CUDA."""
         return list(_capabilities())
 
     def build(
@@ -57,22 +59,32 @@ class TvmTarget(Target):
         runtime()
         chosen = tvm_options.parse(options)
         tvm_options.require_linker(chosen)
+        if chosen.cuda:
+            cuda.require_compiler(chosen.cuda)
         source = named(graph)
         recorded = {name: options.get(name, default) for name, (default, _) in self.options.items()}
+        if chosen.cuda:  # the CPU's kind, which the device does not tell
+            recorded["mtriple"] = recorded["mtriple"] or f"{chosen.machine}-linux-gnu"
         versions = {package: version(package) for package in ("apache-tvm", "apache-tvm-ffi")}
         manifest = EngineManifest(self.name, (ENGINE, KERNELS), versions, tvm_options.device(chosen), recorded)
 
-        def opened(library: Any, kernels: Sequence[Mapping]) -> TvmEngine:
+        def opened(library: Path | Compiled, kernels: Sequence[Mapping]) -> TvmEngine:
             return TvmEngine(manifest, chosen, library, source, kernels)
 
         if chosen.tune is None and not chosen.tuning:
             kernels = lower.build(source, chosen, folder / ENGINE, say)
         else:
-            tuned = tune.build(source, chosen, folder / ENGINE, opened, say)
+            tuned = tune.build(source, chosen, folder / ENGINE, lambda: self._runner(source, chosen, opened, say), say)
             kernels, recorded = tuned.kernels, {**recorded, "_notes": [tuned.note]}
             manifest = replace(manifest, files=(*manifest.files, *tuned.files), options=recorded)
         write_atomic(folder / KERNELS, [json.dumps(kernels, indent=0).encode()])
         return opened(folder / ENGINE, kernels)
+
+    def _runner(
+        self, graph: Graph, chosen: Options, opened: tune.Opened, say: Callable[[str], None] | None
+    ) -> tune.Runner:
+        """Times kernels for a search."""
+        return tune.Here(graph, chosen, opened)
 
     def approximates(self, graph: Graph, options: Mapping[str, Any]) -> str:
         """See :meth:`edgecompile.target.Target.approximates`."""
@@ -83,11 +95,25 @@ class TvmTarget(Target):
         runtime()
         chosen = tvm_options.parse(manifest.options)
         _require_fit(folder / ENGINE, manifest)
-        try:
-            kernels = json.loads((folder / KERNELS).read_text())
-        except (OSError, ValueError) as error:
-            raise InputError(f"{folder / KERNELS} cannot be read", str(error), _REBUILD) from None
-        return TvmEngine(manifest, chosen, folder / ENGINE, named(graph), kernels)
+        return TvmEngine(manifest, chosen, folder / ENGINE, named(graph), kernels_of(folder))
+
+    def layers(
+        self, folder: Path, manifest: EngineManifest, graph: Graph, profile: Mapping[str, Any]
+    ) -> list[LayerTime]:
+        """See :meth:`edgecompile.target.Target.layers`."""
+        return layers(kernels_of(folder), profile, named(graph))
+
+
+def kernels_of(folder: Path) -> list[Mapping[str, Any]]:
+    """The kernels of an engine in a folder, as :func:`edgecompile.targets.tvm.lower.build` returned them.
+
+    Raises:
+        InputError: they cannot be read.
+    """
+    try:
+        return json.loads((folder / KERNELS).read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / KERNELS} cannot be read", str(error), _REBUILD) from None
 
 
 def runtime():
@@ -113,6 +139,9 @@ def _require_fit(path: Path, manifest: EngineManifest) -> None:
     Raises:
         EnvironmentMissing: it is one.
     """
+    chosen = tvm_options.parse(manifest.options)
+    if chosen.cuda:
+        cuda.require_device(chosen.cuda)
     built, here = manifest.versions.get("apache-tvm", ""), version("apache-tvm")
     if built.split(".")[:2] != here.split(".")[:2]:
         raise EnvironmentMissing(
@@ -120,7 +149,7 @@ def _require_fit(path: Path, manifest: EngineManifest) -> None:
             f"this is {here}, and a library runs on the version that made it",
             f"pip install 'apache-tvm=={built}', or {_REBUILD}",
         )
-    if missing := measure.lacking(manifest.device):
+    if missing := measure.lacking(tvm_options.host(chosen) if chosen.cuda else manifest.device):
         raise EnvironmentMissing(
             f"{path} was built for another CPU", f"it needs {', '.join(missing)}, which this machine lacks", _REBUILD
         )
@@ -136,3 +165,11 @@ def _capabilities() -> Iterator[Capability]:
         path = shutil.which(linker)
         fix = "" if path else f"sudo apt-get install {'gcc' if linker == 'gcc' else 'gcc-aarch64-linux-gnu'}"
         yield Capability(f"tvm linker for {machine}", path is not None, detail=path or f"no {linker}", fix=fix)
+    nvcc = cuda.compiler()
+    yield Capability(
+        "tvm compiler for CUDA",
+        nvcc is not None,
+        cuda.compiler_version() if nvcc else "",
+        nvcc or "no nvcc",
+        "" if nvcc else cuda.FIX,
+    )

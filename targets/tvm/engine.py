@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from edgecompile import oracle
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph
 from edgecompile.target import Engine, EngineManifest, LayerTime
-from edgecompile.targets.tvm import lower
+from edgecompile.targets.tvm import cuda, lower
+from edgecompile.targets.tvm.lower import TIMED, Compiled
 from edgecompile.targets.tvm.options import Options
 
 _WARM_RUNS = 2
@@ -27,7 +27,7 @@ class TvmEngine(Engine):
     Args:
         manifest: of the engine.
         chosen: the options it was built with.
-        library: its file, or the executable of TVM where it was compiled in this process.
+        library: its file, or what was compiled in this process.
         graph: its source.
         kernels: as :func:`edgecompile.targets.tvm.lower.build` returns them.
     """
@@ -36,7 +36,7 @@ class TvmEngine(Engine):
         self,
         manifest: EngineManifest,
         chosen: Options,
-        library: Any,
+        library: Path | Compiled,
         graph: Graph,
         kernels: Sequence[Mapping],
     ):
@@ -58,6 +58,8 @@ class TvmEngine(Engine):
                 "run it on such a device",
             )
         if self._machine is None:
+            if self._chosen.cuda:
+                cuda.require_device(self._chosen.cuda)
             self._machine = self._loaded()
         if self.threads > 1 and _pool[0] != self.threads:
             tvm.get_global_func("runtime.config_threadpool")(_ALL_BIG_CORES, self.threads)
@@ -69,15 +71,20 @@ class TvmEngine(Engine):
         from tvm import relax
 
         given = self._library
-        library: Any = tvm.runtime.load_module(str(given)) if isinstance(given, Path) else given
-        device: Any = tvm.cpu()
-        return relax.VirtualMachine(library, device)
+        library: Any = given.linked if isinstance(given, Compiled) else tvm.runtime.load_module(str(given))
+        return relax.VirtualMachine(library, self._device())
+
+    def _device(self) -> Any:
+        import tvm
+
+        return cuda.device() if self._chosen.cuda else tvm.cpu()
 
     def _arguments(self, feeds: Mapping[str, np.ndarray]) -> list:
         import tvm
 
         oracle.check_feeds(self._graph, feeds)
-        return [tvm.runtime.tensor(np.ascontiguousarray(feeds[t.name])) for t in self._graph.inputs]
+        device = self._device()
+        return [tvm.runtime.tensor(np.ascontiguousarray(feeds[t.name]), device) for t in self._graph.inputs]
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See :meth:`edgecompile.target.Engine.run`.
@@ -90,6 +97,8 @@ class TvmEngine(Engine):
         try:
             result = machine["main"](*arguments)
         except Exception as error:  # TVM raises types of many kinds
+            if self._chosen.cuda:
+                cuda.require_loaded(error)
             raise InputError("TVM cannot run the model on these inputs", " ".join(str(error).split())[:300]) from None
         values = list(result) if len(self._graph.outputs) > 1 else [result]
         return {t.name: v.numpy() for t, v in zip(self._graph.outputs, values, strict=True)}
@@ -97,56 +106,100 @@ class TvmEngine(Engine):
     def call(self, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """See :meth:`edgecompile.target.Engine.call`; the inputs are copied to the device once.
 
+        A call returns when the device is done; the outputs stay there.
+
         Raises:
             InputError, EnvironmentMissing: as :meth:`run`.
         """
         self.run(feeds)
-        return self._bind(self._open(), feeds)
-
-    def _bind(self, machine: Any, feeds: Mapping[str, np.ndarray]) -> Callable[[], object]:
+        machine = self._open()
         self._bound += 1
         name = f"bound_{self._bound}"
         machine.save_function("main", name, *self._arguments(feeds))
-        return machine[name]
+        return cuda.until_done(machine[name]) if self._chosen.cuda else machine[name]
 
     def layers(self, feeds: Mapping[str, np.ndarray], repeats: int = 10) -> list[LayerTime]:
         """See :meth:`edgecompile.target.Engine.layers`.
 
-        The virtual machine reports the begin and the end of each kernel to a function, which costs it about a
-        microsecond; what lies between kernels (memory, views) is in none of them.
+        The library reads the clock before and after each kernel, which takes less than half a microsecond; what lies
+        between kernels (memory, views) is in none of them. On a GPU each kernel is waited for, so that what a launch
+        takes is part of its time.
+
+        Raises:
+            InputError: as :meth:`run`; or the library was built before it could.
+            EnvironmentMissing: as :meth:`run`.
         """
-        self.run(feeds)
-        machine = self._loaded()  # one of its own: what watches a machine slows it for good
-        call = self._bind(machine, feeds)
-        known = {kernel["symbol"] for kernel in self._kernels}
-        spent: list[list[tuple[str, int]]] = []
-        begun = 0
+        return layers(self._kernels, self.profile(feeds, repeats), self._graph)
 
-        def watch(_function, symbol: str, before: bool, *_: Any) -> int:
-            nonlocal begun
-            if before:
-                begun = time.perf_counter_ns()
-            elif symbol in known:
-                spent[-1].append((symbol, time.perf_counter_ns() - begun))
-            return 0
+    def profile(self, feeds: Mapping[str, np.ndarray], repeats: int = 10) -> dict[str, Any]:
+        """What :func:`layers` takes; see :meth:`layers`."""
+        import tvm
 
-        machine.set_instrument(watch)
-        for _ in range(_WARM_RUNS + repeats):
-            spent.append([])
-            call()
-        times = np.array([[ns for _, ns in run] for run in spent[_WARM_RUNS:]]) / 1e3
-        symbols = [symbol for symbol, _ in spent[-1]]
-        paths = lower.modules(self._graph)
-        nodes: dict[str, list[Sequence[str]]] = {}
-        for kernel in self._kernels:
-            nodes.setdefault(kernel["symbol"], []).append(kernel["nodes"])
-        layers = []
-        for symbol, microseconds in zip(symbols, np.median(times, axis=0), strict=True):
-            of = tuple(nodes[symbol].pop(0)) if nodes[symbol] else ()
-            found = tuple(dict.fromkeys(m for n in of for m in paths.get(n, ())))
-            layers.append(LayerTime(symbol, symbol.rstrip("0123456789"), float(microseconds), of, found))
-        return layers
+        machine, arguments = self._open(), self._arguments(feeds)
+        if self._chosen.cuda:
+            machine = self._loaded()  # one that is watched is slower
+            machine.save_function("main", "bound", *arguments)
+            runs = cuda.kernel_times(machine, "bound", self._kernels, _WARM_RUNS + repeats)
+            return {"microseconds": np.median(runs[_WARM_RUNS:], axis=0).tolist()}
+        arguments.append(tvm.runtime.tensor(stamps(len(self._kernels))))
+        runs = kernel_times(machine, arguments, machine.invoke_stateful, _WARM_RUNS + repeats)
+        return {"microseconds": np.median(runs[_WARM_RUNS:], axis=0).tolist()}
 
     def close(self) -> None:
         """Free the virtual machine and the library."""
         self._machine = None
+
+
+# -- times of kernels --------------------------------------------------------------------------------------------------
+
+
+def stamps(kernels: int) -> np.ndarray:
+    """What :data:`edgecompile.targets.tvm.lower.TIMED` writes into."""
+    return np.zeros((2 * kernels, 2), np.int64)
+
+
+def kernel_times(machine: Any, arguments: Sequence[Any], once: Callable[[str], object], runs: int) -> np.ndarray:
+    """Microseconds of each kernel, ``[runs, kernels]``.
+
+    Args:
+        machine: the virtual machine, in this process or on a board.
+        arguments: of :data:`edgecompile.targets.tvm.lower.TIMED`, where the machine is.
+        once: runs the function of that name; if it does so twice, what counts is the second time.
+        runs: how often.
+
+    Raises:
+        InputError: the library has no such function.
+    """
+    try:
+        machine.set_input(TIMED, *arguments)
+    except Exception as error:
+        if f"Unknown function: {TIMED}" not in str(error):
+            raise
+        raise InputError(
+            "the library does not tell the times of its kernels", "an earlier edgecompile built it", "build it again"
+        ) from None
+    read, found = machine.module["get_output"], []
+    for _ in range(runs):
+        once(TIMED)
+        times = read(TIMED, 0).numpy() @ np.array([10**9, 1])
+        found.append((times[1::2] - times[::2]) / 1e3)
+    return np.array(found)
+
+
+def layers(kernels: Sequence[Mapping[str, Any]], profile: Mapping[str, Any], graph: Graph) -> list[LayerTime]:
+    """The layers of an engine.
+
+    Args:
+        kernels: as :func:`edgecompile.targets.tvm.lower.build` returns them.
+        profile: ``{"microseconds": of each kernel}``.
+        graph: that the engine was built from.
+
+    Raises:
+        ValueError: that is not the profile of these kernels.
+    """
+    paths, found = lower.modules(graph), []
+    for kernel, microseconds in zip(kernels, profile["microseconds"], strict=True):
+        symbol, of = kernel["symbol"], tuple(kernel["nodes"])
+        modules = tuple(dict.fromkeys(m for n in of for m in paths.get(n, ())))
+        found.append(LayerTime(symbol, symbol.rstrip("0123456789"), float(microseconds), of, modules))
+    return found

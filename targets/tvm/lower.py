@@ -3,11 +3,16 @@
 TVM keeps no record of where an operator came from. Every node of the graph is therefore bound to a variable with its
 number in the name, which survives until operators are fused into kernels. What a kernel computes is then recognised by
 its value: the same operators on the same operands.
+
+Beside ``main`` a library for a CPU has the function :data:`TIMED`: the same calls of the same kernels on the same
+constants, and one of a kernel that reads the clock before and after each of them. A function of the virtual machine is
+some bytes per call, so that it costs little to have; it needs nobody who watches, and so it works on a board as well.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import re
 import warnings
@@ -19,11 +24,19 @@ from typing import Any
 from edgecompile.errors import EdgecompileError, InputError
 from edgecompile.functions import DOMAIN
 from edgecompile.graph import Graph, provenance, where
-from edgecompile.targets.tvm import int8, schedules, shift_add
+from edgecompile.targets.tvm import cuda, int8, schedules, shift_add
 from edgecompile.targets.tvm.options import Options
 
 _NUMBER = re.compile(r"node_(\d+)(?:_.*)?")
 _OPSETS = range(7, 25)
+TIMED = "main_timed"
+"""The function that runs the model and times its kernels.
+
+It takes the inputs of ``main`` and int64 ``[2 * kernels, 2]``, and returns that and what ``main`` returns; a row is a
+reading of the clock in seconds and nanoseconds, two for each kernel.
+"""
+_STAMP = "edgecompile_stamp"
+_CLOCK_MONOTONIC = 1  # as Linux numbers clocks on all machines
 
 
 def check(graph: Graph) -> None:
@@ -63,21 +76,30 @@ def check(graph: Graph) -> None:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A model that TVM's virtual machine runs in this process.
+    """A model that TVM's virtual machine runs.
 
     Attributes:
-        executable: what the virtual machine takes, and what can be exported unless :func:`varied` made it.
+        executable: what the virtual machine takes, or what can be exported.
         kernels: as :func:`build` returns them, and whose choice each is
             (:attr:`edgecompile.targets.tvm.schedules.Kernel.origin`) if it was chosen.
         known: symbols and scheduled functions by the hash of what they are before they are scheduled.
+        base: what :func:`varied` started from: the other kernels that it calls are there.
     """
 
     executable: Any
     kernels: Sequence[Mapping[str, Any]]
     known: Mapping[int, tuple[str, Any]]
+    base: Compiled | None = None
+
+    @functools.cached_property
+    def linked(self) -> Any:
+        """The executable with all kernels that it calls, for this process."""
+        if self.base is not None:
+            self.executable.mod.import_module(self.base.executable.mod.imports[0])
+        return self.executable
 
     def export(self, path: Path, chosen: Options) -> None:
-        """Write the library.
+        """Write the library; that of what :func:`varied` made lacks the kernels of its base.
 
         Raises:
             InputError: it cannot be linked.
@@ -136,8 +158,13 @@ def compiled(
         numbers = {var.name_hint: _number(f) for var, f in _primitive(fused)} if pick else {}
         fused = _scheduled(fused, chosen)
         known = {numbers[v.name_hint]: (v.name_hint, f) for v, f in _primitive(fused)} if pick else {}
-        executable = tvm.compile(fused, target=target, relax_pipeline=tvm.transform.Sequential(_finish()))
-    return Compiled(executable, _with_origin(kernels, fused), known)
+        finished, kernels = tvm.transform.Sequential(_finish())(fused), _with_origin(kernels, fused)
+        timed, kernels = _timed(finished["main"], kernels)
+        if not chosen.cuda:  # a GPU is not done when a call returns
+            finished = tvm.IRModule({**finished.functions, TIMED: timed, _STAMP: _stamp()})
+        with cuda.source_kept():
+            executable = tvm.compile(finished, target=target, relax_pipeline=None)
+    return Compiled(executable, kernels, known)
 
 
 def varied(
@@ -149,7 +176,7 @@ def varied(
 ) -> Compiled:
     """Compile a model with other choices: only kernels that ``base`` has not; the others are called there.
 
-    What is returned runs in this process only, and its kernels are in no order and know no nodes.
+    What is returned has :data:`TIMED` only, and its kernels know no nodes.
 
     Args, Raises: as of :func:`compiled`, which made ``base``.
     """
@@ -165,20 +192,19 @@ def varied(
             fused.update_func(var, fresh[var] if known is None else known[1])
         symbols = {v.name_hint: known[0] if known else f"{v.name_hint}_varied" for v, known in found.items()}
         kernels = _with_origin([{"symbol": v.name_hint, "nodes": []} for v in found], fused)
-        kernels = [{**kernel, "symbol": symbols[kernel["symbol"]]} for kernel in kernels]
         finished = tvm.transform.Sequential(_finish())(fused)
+        timed, kernels = _timed(finished["main"], kernels)
+        kernels = [{**kernel, "symbol": symbols[kernel["symbol"]]} for kernel in kernels]
         code = {
             symbol: finished[var].with_attr("global_symbol", symbol)
             for var, known in found.items()
             if known is None and (symbol := symbols[var.name_hint])
         }
         builder = relax.ExecBuilder()
-        relax.vm_build._vmcodegen(builder, tvm.IRModule({"main": _by_symbol(finished["main"], symbols)}))
+        relax.vm_build._vmcodegen(builder, tvm.IRModule({TIMED: _by_symbol(timed, symbols)}))
         executable: Any = builder.get()
-        if code:
-            executable.mod.import_module(tvm.tirx.build(tvm.IRModule(code), target=target))
-        executable.mod.import_module(base.executable.mod.imports[0])
-    return Compiled(executable, kernels, base.known)
+        executable.mod.import_module(tvm.tirx.build(tvm.IRModule({**code, _STAMP: _stamp()}), target=target))
+    return Compiled(executable, kernels, base.known, base)
 
 
 def _primitive(module: Any) -> list[tuple[Any, Any]]:
@@ -198,6 +224,59 @@ def _with_origin(kernels: Sequence[dict[str, Any]], scheduled: Any) -> list[dict
     """Kernels and whose choice each is, which the schedules note."""
     origins = {v.name_hint: f.attrs.get(schedules.ORIGIN) for v, f in _primitive(scheduled) if f.attrs}
     return [{**k, "origin": int(origin)} if (origin := origins.get(k["symbol"])) else k for k in kernels]
+
+
+def _timed(main: Any, kernels: Sequence[Mapping[str, Any]]) -> tuple[Any, list[Mapping[str, Any]]]:
+    """:data:`TIMED` of a model, and the kernels that it calls in order; those that became views are none any more.
+
+    Args:
+        main: the model as :func:`_finish` leaves it.
+        kernels: those of equal symbols in the order in which they are called.
+    """
+    from tvm import relax
+
+    of: dict[str, list[Mapping[str, Any]]] = {}
+    for kernel in kernels:
+        of.setdefault(kernel["symbol"], []).append(kernel)
+    calls = [b for b in _bindings(main) if isinstance(b.value, relax.Call) and isinstance(b.value.op, _global())]
+    timed = [b for b in calls if _symbol(b.value.op) in of]
+    nothing = relax.TupleType([])
+    times = relax.Var("times", relax.TensorType((2 * len(timed), 2), "int64"))
+
+    def stamp(index: int) -> Any:
+        call = relax.Call(relax.ExternFunc(_STAMP), [times, relax.prim_value(index)], None, [nothing])
+        return relax.VarBinding(relax.Var("_", nothing), call)
+
+    number = {binding.var: 2 * i for i, binding in enumerate(timed)}
+    blocks = [
+        relax.BindingBlock(
+            [
+                part
+                for b in block.bindings
+                for part in ([b] if b.var not in number else [stamp(number[b.var]), b, stamp(number[b.var] + 1)])
+            ]
+        )
+        for block in main.body.blocks
+    ]
+    body = relax.SeqExpr(blocks, relax.Tuple([times, main.body.body]))
+    made = relax.Function([*main.params, times], body, relax.TupleType([times.ty, main.ret_ty]), False, main.attrs)
+    called = [_symbol(binding.value.op) for binding in timed]
+    in_order = [of[symbol].pop(0) if of[symbol] else {"symbol": symbol, "nodes": []} for symbol in called]
+    return made.with_attr("global_symbol", TIMED), in_order
+
+
+def _stamp() -> Any:
+    """The kernel that writes the time into a row."""
+    from tvm.script import tirx as T
+
+    @T.prim_func(s_tir=True)
+    def stamp(given: T.handle, row: T.int64) -> None:
+        T.func_attr({"tirx.noalias": True, "tirx.is_scheduled": True})
+        rows = T.int64()
+        times = T.match_buffer(given, (rows, 2), "int64")  # as C's timespec is on machines of 64 bits
+        T.evaluate(T.call_extern("int32", "clock_gettime", T.int32(_CLOCK_MONOTONIC), T.address_of(times[row, 0])))
+
+    return stamp.with_attr("global_symbol", _STAMP)
 
 
 def _by_symbol(function: Any, symbols: Mapping[str, str]) -> Any:
@@ -233,6 +312,8 @@ def _compiling(chosen: Options) -> Iterator[Any]:
         with target, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield target
+    except EdgecompileError:
+        raise
     except Exception as error:  # TVM raises types of many kinds
         fix = "try the option schedules=no, which is slow, or --target ort" if chosen.schedules else "use --target ort"
         raise InputError("TVM cannot compile the graph", _last_line(error), fix) from error
@@ -357,11 +438,12 @@ def _finish() -> list:
 
 def _link(chosen: Options) -> dict[str, Any]:
     """How ``export_library`` links."""
+    how: dict[str, Any] = {"fpack_imports": cuda.packer(chosen.cuda)} if chosen.cuda else {}
     if not chosen.linker:
-        return {}
+        return how
     from tvm.support import cc
 
-    return {"fcompile": cc.cross_compiler(chosen.linker)}
+    return {**how, "fcompile": cc.cross_compiler(chosen.linker)}
 
 
 # -- which nodes a kernel stands for -----------------------------------------------------------------------------------
@@ -398,12 +480,17 @@ def _kernels(loops, grouped, graph: Graph) -> list[dict[str, Any]]:
     env = {p: -1 - i for i, p in enumerate(loops["main"].params)}
     owner: dict[int, str] = {}
     waiting: list[int] = []
+    last: dict[int, str] = {}
     for binding in _bindings(loops["main"]):
         number = env[binding.var] = values.of(binding.value, env)
         waiting.append(number)
         if match := _NUMBER.fullmatch(binding.var.name):  # what was emitted since the last node is part of this one
             owner |= dict.fromkeys((w for w in waiting if w not in owner), str(names[int(match[1])]))
             waiting = []
+        elif _calls_tir(binding.value):
+            taken = [owner[env[a]] for a in binding.value.args[1].fields if env.get(a) in owner]
+            last |= dict.fromkeys([number], taken[0]) if taken else {}
+    owner = last | owner  # the layout of an output is part of the node that computes it
     env = {p: -1 - i for i, p in enumerate(grouped["main"].params)}
     kernels = []
     for binding in _bindings(grouped["main"]):

@@ -86,7 +86,7 @@ class Options:
     @property
     def runs_here(self) -> bool:
         """Whether a CPU of this kind could load the library at all."""
-        return not self.cuda and self.machine == platform.machine()
+        return self.machine == platform.machine()
 
 
 def parse(given: Mapping[str, Any]) -> Options:
@@ -106,8 +106,9 @@ def parse(given: Mapping[str, Any]) -> Options:
     machine = triple.partition("-")[0] or platform.machine()
     if machine not in _LLVM_NAMES:
         raise InputError(f"mtriple={triple} is not supported", f"it must begin with {' or '.join(_LLVM_NAMES)}")
-    host: dict[str, Any] = {"kind": "llvm", **_cpu(machine, triple, str(value["mcpu"]), str(value["mattr"]))}
     arch = str(value["arch"])
+    own = machine == platform.machine() and not arch  # beside a GPU the CPU starts kernels, which any of its kind does
+    host: dict[str, Any] = {"kind": "llvm", **_cpu(machine, triple, str(value["mcpu"]), str(value["mattr"]), own)}
     target = host
     if arch:
         if not arch.startswith("sm_") or not arch[3:].isdigit():
@@ -142,11 +143,10 @@ def parse(given: Mapping[str, Any]) -> Options:
     return Options(threads, target, machine, linker, schedules, winograd, integers, tune, tuning)
 
 
-def _cpu(machine: str, triple: str, mcpu: str, mattr: str) -> dict[str, Any]:
-    """The LLVM target's keys; this machine's CPU and exactly the features it says it has, unless others are given."""
+def _cpu(machine: str, triple: str, mcpu: str, mattr: str, own: bool) -> dict[str, Any]:
+    """The LLVM target's keys; ``own``: this CPU and exactly the features it says it has, unless others are given."""
     keys: dict[str, Any] = {"mtriple": triple} if triple else {}
-    here = not mcpu and not mattr and machine == platform.machine()
-    if here:
+    if own and not mcpu and not mattr:
         from tvm.target import codegen
 
         present = set(measure.cpu_features())
@@ -161,11 +161,14 @@ def _cpu(machine: str, triple: str, mcpu: str, mattr: str) -> dict[str, Any]:
 
 def device(chosen: Options) -> str:
     """What the code runs on: the machine, and the features that LLVM may use on it."""
-    if chosen.cuda:
-        return f"cuda {chosen.cuda}"
+    return f"cuda {chosen.cuda}" if chosen.cuda else host(chosen)
+
+
+def host(chosen: Options) -> str:
+    """The machine, and the features that LLVM may use on it; beside a GPU, what starts the kernels."""
     from tvm.target import Target, codegen
 
-    target = Target(dict(chosen.target))
+    target = Target(dict(chosen.target.get("host", chosen.target)))
     names = _LLVM_NAMES[chosen.machine].items()
     return " ".join([chosen.machine, *(f for f, name in names if codegen.target_has_features(name, target))])
 

@@ -15,8 +15,11 @@ as its user; whoever reaches the tracker may be lent every board. Keep both in a
 unprivileged user, or bind them to ``127.0.0.1`` and come through an ssh tunnel. What boards send back is data only.
 
 A library is compiled here, for the CPU that the board names, and uploaded. TVM's ``time_evaluator`` times each call on
-the board, by the board's wall clock: the network is in no figure. A board that is lost in the middle of some work is
-replaced by another one of its key, where the work starts over.
+the board, by the board's wall clock, and the library itself times its kernels: the network is in no figure. A board
+that is lost in the middle of some work is replaced by another one of its key, where the work starts over.
+
+A search for kernels (``--tune``) compiles here too and times on all boards of the key that the tracker lends. The
+untuned library is uploaded to each of them once, and for each round the weights and the code that was compiled anew.
 """
 
 from __future__ import annotations
@@ -30,10 +33,11 @@ import re
 import select
 import socket
 import struct
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -45,12 +49,15 @@ from edgecompile.board_runner import Footprint, Plan
 from edgecompile.bundle import Bundle
 from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError
 from edgecompile.fingerprint import Fingerprint
-from edgecompile.graph import Graph
-from edgecompile.measure import Samples
+from edgecompile.graph import Graph, named
+from edgecompile.measure import Ratio, Samples
 from edgecompile.remote import Place, clean
 from edgecompile.target import BoardTarget, Capability, Engine, EngineManifest, LayerTime
-from edgecompile.targets.tvm import ENGINE, TvmTarget, runtime
+from edgecompile.targets.tvm import ENGINE, TvmTarget, kernels_of, runtime, tune
 from edgecompile.targets.tvm import options as tvm_options
+from edgecompile.targets.tvm.engine import kernel_times, layers, stamps
+from edgecompile.targets.tvm.lower import Compiled
+from edgecompile.targets.tvm.options import Options
 
 PORT = 9190
 _URL = re.compile(r"rpc://([A-Za-z0-9_][A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?/([\w.+-]+)", re.ASCII)
@@ -63,6 +70,7 @@ _LEASE_SECONDS = 7200.0  # after which a server takes the board back from a clie
 _WORK_SECONDS = 900.0  # longer than any work takes; a board without power would be waited for forever
 _LOSSES = 3  # boards that one work may lose: it may be the library that kills them
 _SESSIONS, _LEAST_CALLS = 6, 12
+_REPEATS = 10  # of a model in a round
 _NOTE = "timed on the board by TVM's time_evaluator, on the wall clock there: the network is in no figure"
 _T = TypeVar("_T")
 
@@ -137,18 +145,29 @@ class Library:
         inputs: names of the parameters of ``main``, in order.
         outputs: names of its results.
         threads: that one operator takes.
+        kernels: how many it runs.
     """
 
     path: Path
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     threads: int
+    kernels: int
 
     @classmethod
-    def of(cls, path: Path, manifest: EngineManifest, graph: Graph) -> Library:
-        """That of an engine."""
+    def of(cls, path: Path, threads: int, kernels: Sequence[Mapping[str, Any]], graph: Graph) -> Library:
+        """That of a graph."""
         inputs, outputs = (tuple(str(t.name) for t in tensors) for tensors in (graph.inputs, graph.outputs))
-        return cls(path, inputs, outputs, tvm_options.parse(manifest.options).threads)
+        return cls(path, inputs, outputs, threads, len(kernels))
+
+    @classmethod
+    def of_engine(cls, folder: Path, manifest: EngineManifest, graph: Graph) -> Library:
+        """That of an engine.
+
+        Raises:
+            InputError: the folder does not tell its kernels.
+        """
+        return cls.of(folder / ENGINE, tvm_options.parse(manifest.options).threads, kernels_of(folder), graph)
 
 
 class _Unreachable(Exception):
@@ -233,22 +252,36 @@ class Link:
             return ""
         return clean(content.partition(b"\0")[0].decode(errors="replace")).strip()
 
-    def open(self, library: Library) -> Any:
-        """A virtual machine of its own on a library, which is uploaded if it is not there; in the right pool."""
+    def open(self, library: Library, module: Any = None) -> Any:
+        """A virtual machine of its own on a library, in the right pool.
+
+        Args:
+            library: it is uploaded if it is not there.
+            module: what is loaded of it, if it is.
+        """
         from tvm import relax
 
         if library.threads > 1 and self._threads != library.threads:
             self._session.get_function("runtime.config_threadpool")(_ALL_BIG_CORES, library.threads)
             self._threads = library.threads
-        return relax.VirtualMachine(self.module(library.path), self._session.cpu())
+        return relax.VirtualMachine(module or self.module(library.path), self._session.cpu())
 
     def module(self, path: Path) -> Any:
         """A library, loaded; it is uploaded if it is not there."""
-        name = f"{hashlib.sha256(path.read_bytes()).hexdigest()}.so"
+        name = _name(path)
         if name not in self._uploaded:  # it may be loaded, and to write over a loaded library crashes the server
             self._session.upload(str(path), name)
             self._uploaded.add(name)
         return self._session.load_module(name)
+
+    def added(self, path: Path, base: Path) -> Any:
+        """A library that is used once, loaded; the kernels that it lacks are taken from another one."""
+        name = _name(path)
+        self._session.upload(str(path), name)
+        loaded = self._session.load_module(name)
+        self._session.remove(name)  # its code stays where it is loaded, and a long search fills no disk
+        loaded.import_module(self.module(base))
+        return loaded
 
     def tensors(self, values: Sequence[np.ndarray]) -> list[Any]:
         """Arrays, copied to the board."""
@@ -271,21 +304,26 @@ class Link:
         once = machine.time_evaluator("timed", self._session.cpu(), number=1, repeat=1)
         return lambda: float(once().results[0])
 
-    def seconds(self, path: Path, arguments: Sequence[tuple[Sequence[int], str]], repeats: int, least_ms: int) -> float:
-        """Median seconds of ``main`` of a library of plain kernels, see :meth:`RpcRunner.submit`."""
-        rng = np.random.default_rng(0)
-        tensors = self.tensors([_some(rng, tuple(shape), dtype) for shape, dtype in arguments])
-        timed = self.module(path).time_evaluator(
-            "main", self._session.cpu(), number=1, repeat=repeats, min_repeat_ms=least_ms
-        )
-        return float(np.median(timed(*tensors).results))
+    def profile(self, library: Library, inputs: Sequence[Any], repeats: int, module: Any = None) -> dict[str, Any]:
+        """What :func:`edgecompile.targets.tvm.engine.layers` takes.
+
+        Args:
+            library, module: as for :meth:`open`.
+            inputs: of the model, on the board.
+            repeats: profiled runs; each follows another one, since a CPU that waited for the network is slow at first.
+
+        Raises:
+            InputError: the library was built before it could tell.
+        """
+        machine = self.open(library, module)
+        twice = machine.time_evaluator("invoke_stateful", self._session.cpu(), number=1, repeat=1)
+        arguments = [*inputs, *self.tensors([stamps(library.kernels)])]
+        return {"microseconds": np.median(kernel_times(machine, arguments, twice, repeats), axis=0).tolist()}
 
 
-def _some(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> np.ndarray:
-    """Values of a type, none so small that arithmetic gets slow."""
-    if dtype.startswith(("int", "uint", "bool")):
-        return rng.integers(0, 2 if dtype == "bool" else 100, shape).astype(dtype)
-    return rng.uniform(0.5, 1.5, shape).astype(dtype)
+def _name(path: Path) -> str:
+    """What a library is called on the boards."""
+    return f"{hashlib.sha256(path.read_bytes()).hexdigest()}.so"
 
 
 def _within(seconds: float, work: Callable[[], _T]) -> _T:
@@ -394,6 +432,11 @@ class Farm:
         """What a reader of figures from these boards should know."""
         return _NOTE, *self.losses
 
+    @property
+    def holds(self) -> bool:
+        """Whether a board is lent."""
+        return self._link is not None
+
     def link(self) -> Link:
         """The board that is lent, or else one that is lent now.
 
@@ -438,7 +481,7 @@ class Farm:
         """Options of the target, made to fit the board: its CPU where none is named, its cores for ``threads=auto``.
 
         Raises:
-            InputError: a GPU is asked for, or a search for kernels.
+            InputError: a GPU is asked for.
             EnvironmentMissing: the board does not tell its CPU, or lacks something that the options ask for.
         """
         if given.get("arch"):
@@ -446,12 +489,6 @@ class Farm:
                 f"arch={given['arch']} does not go with {self.address}", "these boards run libraries for their CPU",
                 "leave it out, or build the library on the board",
             )  # fmt: skip
-        if given.get("tune"):
-            raise InputError(
-                f"--tune does not go with {self.address}",
-                "the search times kernels in the process that runs them, and that would be this machine's",
-                "tune on one of the boards, and name its records here with --option tuning=FOLDER",
-            )
         facts, options = self.facts(), dict(given)
         if not any(options.get(name) for name in _CPU_OPTIONS):
             if not facts.machine:
@@ -579,9 +616,10 @@ class _Tracker:
 class RpcEngine(Engine):
     """A library on a board; :attr:`clock` is the board's wall clock, which :meth:`timer` reads."""
 
-    def __init__(self, manifest: EngineManifest, farm: Farm, library: Library, graph: Graph):
-        self.manifest, self.clock, self.threads = manifest, "wall", library.threads
-        self._farm, self._library, self._graph = farm, library, graph
+    def __init__(self, manifest: EngineManifest, farm: Farm, folder: Path, graph: Graph):
+        self._library = Library.of_engine(folder, manifest, graph)
+        self.manifest, self.clock, self.threads = manifest, "wall", self._library.threads
+        self._farm, self._folder, self._graph = farm, folder, graph
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """See :meth:`edgecompile.target.Engine.run`.
@@ -598,8 +636,18 @@ class RpcEngine(Engine):
         return lambda: self.run(feeds)
 
     def layers(self, feeds: Mapping[str, np.ndarray], repeats: int = 10) -> list[LayerTime]:
-        """None: the virtual machine can be watched from its own process only."""
-        return []
+        """See :meth:`edgecompile.target.Engine.layers`; by the clock of the board.
+
+        Raises:
+            InputError, EnvironmentMissing: as :meth:`run`; or the library was built before it could tell.
+        """
+        oracle.check_feeds(self._graph, feeds)
+        profile = self._farm.run(lambda link: _profile(link, self._library, feeds, repeats))
+        return layers(kernels_of(self._folder), profile, self._graph)
+
+
+def _profile(link: Link, library: Library, feeds: Mapping[str, np.ndarray], repeats: int) -> dict[str, Any]:
+    return link.profile(library, link.tensors([feeds[name] for name in library.inputs]), repeats)
 
 
 class RpcTarget(TvmTarget, BoardTarget):
@@ -622,12 +670,18 @@ class RpcTarget(TvmTarget, BoardTarget):
     ) -> Engine:
         """See :meth:`edgecompile.target.Target.build`; for the CPU of the board."""
         manifest = super().build(graph, folder, self._farm.fitted(options), say).manifest
-        return RpcEngine(manifest, self._farm, Library.of(folder / ENGINE, manifest, graph), graph)
+        return RpcEngine(manifest, self._farm, folder, named(graph))
+
+    def _runner(
+        self, graph: Graph, chosen: Options, opened: tune.Opened, say: Callable[[str], None] | None
+    ) -> tune.Runner:
+        self._farm.close()  # it is one of those that the search is lent
+        return RpcRunner(self._farm, graph, chosen, say)
 
     def load(self, folder: Path, manifest: EngineManifest, graph: Graph) -> Engine:
         """See :meth:`edgecompile.target.Target.load`."""
         self._farm.require_fit(manifest)
-        return RpcEngine(manifest, self._farm, Library.of(folder / ENGINE, manifest, graph), graph)
+        return RpcEngine(manifest, self._farm, folder, named(graph))
 
     def measured(
         self,
@@ -638,14 +692,26 @@ class RpcTarget(TvmTarget, BoardTarget):
         progress: Callable[[float], object],
     ) -> dict[str, Samples]:
         """See :meth:`edgecompile.target.BoardTarget.measured`."""
-        libraries = {name: Library.of(place / ENGINE, made, graph) for name, (graph, place, made) in arms.items()}
-        inputs = dict.fromkeys(arms, feeds)
-        runs = []
-        for number in range(_SESSIONS):
-            plan = Plan(seconds / _SESSIONS, min_calls=-(-_LEAST_CALLS // _SESSIONS), seed=seed + number)
-            runs.append(self._farm.run(lambda link, plan=plan: _session(link, libraries, inputs, plan)))
-            progress((number + 1) / _SESSIONS)
-        return {name: measure.joined([run[name] for run in runs]) for name in arms}
+        libraries = {name: Library.of_engine(place, made, graph) for name, (graph, place, made) in arms.items()}
+        return _sessions(self._farm, libraries, feeds, seconds, _SESSIONS, seed, progress)
+
+
+def _sessions(
+    farm: Farm,
+    libraries: Mapping[str, Library],
+    feeds: Mapping[str, np.ndarray],
+    seconds: float,
+    sessions: int,
+    seed: int = 0,
+    progress: Callable[[float], object] = lambda _: None,
+) -> dict[str, Samples]:
+    """Time libraries in so many sessions, see :meth:`RpcTarget.measured`."""
+    inputs, runs = dict.fromkeys(libraries, feeds), []
+    for number in range(sessions):
+        plan = Plan(seconds / sessions, min_calls=-(-_LEAST_CALLS // sessions), seed=seed + number)
+        runs.append(farm.run(lambda link, plan=plan: _session(link, libraries, inputs, plan)))
+        progress((number + 1) / sessions)
+    return {name: measure.joined([run[name] for run in runs]) for name in libraries}
 
 
 def _session(
@@ -727,7 +793,7 @@ class RpcBoards(Place):
             )
         manifest = bundle.engine_manifest
         self._farm.require_fit(manifest)
-        library = Library.of(bundle.path / ENGINE, manifest, bundle.graph())
+        library = Library.of_engine(bundle.path, manifest, bundle.graph())
         key = hashlib.sha256(library.path.read_bytes()).hexdigest()
         self._known[key] = library, bundle.probe()[0]
         return key
@@ -752,11 +818,13 @@ class RpcBoards(Place):
         return None
 
     def profile(self, key: str, repeats: int = 10) -> dict[str, Any]:
-        """Raises InputError: the virtual machine can be watched from its own process only."""
-        raise InputError(
-            f"{self.device} does not tell the layers", "TVM's virtual machine reports them to its own process only",
-            "run edgecompile bench --layers on the board",
-        )  # fmt: skip
+        """See :class:`edgecompile.remote.Place`.
+
+        Raises:
+            InputError: the library was built before it could tell.
+        """
+        library, feeds = self._known[key]
+        return self._farm.run(lambda link: _profile(link, library, feeds, repeats))
 
     def footprint(self, key: str) -> Footprint:
         """Raises EnvironmentMissing: a server tells neither."""
@@ -767,68 +835,85 @@ class RpcBoards(Place):
         self._farm.close()
 
 
-# -- measuring for tuning ----------------------------------------------------------------------------------------------
+# -- tuning ------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
-    path: Path
-    arguments: Sequence[tuple[Sequence[int], str]]
-    done: Future[float] = field(default_factory=Future)
+    """A round of a search: models that take turns on one board, in libraries."""
+
+    models: Sequence[Compiled]
+    libraries: Sequence[Library]
+    loads: int
+    done: Future[list[dict[int, float]]] = field(default_factory=Future)
     losses: int = 0
 
 
-class RpcRunner:
-    """Times libraries of plain kernels on all boards of a key at once: library in, seconds out; a context manager.
+class RpcRunner(tune.Runner):
+    """Times rounds of a search on all boards of a key at once.
 
-    One thread for each board borrows it and keeps it. What was under way on a board that is lost is done on another;
-    when the last one is lost, all that waits fails.
+    One thread for each board borrows it with the first round and keeps it. What was under way on a board that is lost
+    is done on another; when the last one is lost, all that waits fails.
 
     Args:
-        address: of the tracker, and the key.
-        repeats: how many figures the median is taken of.
-        least_ms: how long each of these runs, at least.
+        farm: knows the boards; it holds none itself before :meth:`compare`.
+        graph: the model.
+        chosen: the options.
         say: told what is waited for, and what was lost.
 
     Raises:
         EnvironmentMissing: the tracker cannot be reached, or knows no board of the key.
     """
 
-    def __init__(
-        self, address: Address, repeats: int = 3, least_ms: int = 20, say: Callable[[str], object] | None = None
-    ):
-        self._address, self._repeats, self._least_ms, self._say = address, repeats, least_ms, say
+    def __init__(self, farm: Farm, graph: Graph, chosen: Options, say: Callable[[str], object] | None = None):
+        self._farm, self._graph, self._chosen, self._say = farm, graph, chosen, say
+        self._feeds = oracle.random_feeds(graph.signature().inputs)
         self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
-        self._lock, self._failure = threading.Lock(), ""
-        self._given: list[Future[float]] = []
-        self.boards = self._working = Farm(address).count()
+        self._lock, self._failure, self._lost = threading.Lock(), "", ""
+        self._threads: list[threading.Thread] = []
+        self._farms: list[Farm] = []
+        self._plain: Library | None = None
+        self.boards, self._working = farm.key, farm.count()
         if not self._working:
-            raise Farm(address).none_left("none has registered under this key")
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self._working)]
-        for thread in self._threads:
-            thread.start()
+            raise farm.none_left("none has registered under this key")
+        self.at_once = self._working + 1  # so that no board waits for what is being compiled
+        self._scratch = tempfile.TemporaryDirectory(prefix="edgecompile-")
+        self._files = 0
 
-    def submit(self, path: Path, arguments: Sequence[tuple[Sequence[int], str]]) -> Future[float]:
-        """Time ``main`` of a library.
+    @property
+    def told(self) -> str:
+        """See :class:`edgecompile.targets.tvm.tune.Runner`; those that are lent, as soon as any was asked for."""
+        lent = sum(farm.holds for farm in self._farms) if self._farms else self._working
+        return f" on {lent} board{'s' if lent != 1 else ''}"
 
-        Args:
-            path: the shared library, for the CPU of the boards.
-            arguments: shape and type of each tensor that ``main`` takes, outputs too; they are filled with numbers.
-
-        Returns:
-            the median of its seconds; or InputError where it fails, EnvironmentMissing where no board is left.
-        """
-        job = _Job(path, arguments)
+    def submit(self, models: Sequence[Compiled], loads: int) -> Future[list[dict[int, float]]]:
+        """See :meth:`edgecompile.targets.tvm.tune.Runner.submit`; the first model of all is the untuned one."""
+        job = _Job(models, [self._library(made) for made in models], loads)
         with self._lock:
-            self._given.append(job.done)
+            if not self._threads:
+                self._farms = [Farm(self._farm.address, self._say) for _ in range(self._working)]
+                self._threads = [threading.Thread(target=self._work, args=(f,), daemon=True) for f in self._farms]
+                for thread in self._threads:
+                    thread.start()
             if self._working:
                 self._jobs.put(job)
             else:
-                job.done.set_exception(Farm(self._address).none_left(self._failure))
+                job.done.set_exception(self._farm.none_left(self._failure, self._lost))
         return job.done
 
-    def _work(self) -> None:
-        farm = Farm(self._address, self._say)
+    def _library(self, made: Compiled) -> Library:
+        """A model, exported; the untuned one is so once."""
+        if made.base is None and self._plain:
+            return self._plain
+        path = Path(self._scratch.name) / f"{self._files}.so"
+        self._files += 1
+        made.export(path, self._chosen)
+        library = Library.of(path, self._chosen.threads, made.kernels, self._graph)
+        if made.base is None:
+            self._plain = library
+        return library
+
+    def _work(self, farm: Farm) -> None:
         try:
             while True:
                 farm.link()  # before a job is taken: another thread may have a board for it
@@ -839,21 +924,37 @@ class RpcRunner:
         except (_Unreachable, EnvironmentMissing) as error:
             self._give_up(str(error))
         finally:
+            self._farm.losses += farm.losses
             farm.close()
 
     def _do(self, farm: Farm, job: _Job) -> None:
         try:
-            found = farm.run(lambda link: link.seconds(job.path, job.arguments, self._repeats, self._least_ms), 1)
+            found = farm.run(lambda link: self._times(link, job), 1)
         except EnvironmentMissing as error:
+            self._lost = error.why
             job.losses += 1
             if job.losses < _LOSSES:
                 self._jobs.put(job)
             else:
-                job.done.set_exception(error)
+                job.done.set_exception(InputError(f"these kernels lost {job.losses} boards"))
         except Exception as error:  # also a file that is missing here: the job's affair, not the thread's
             job.done.set_exception(error)
         else:
             job.done.set_result(found)
+
+    def _times(self, link: Link, job: _Job) -> list[dict[int, float]]:
+        assert self._plain is not None
+        inputs, base = link.tensors([self._feeds[name] for name in self._plain.inputs]), self._plain.path
+        opened = {
+            id(made): (library, None if made.base is None else link.added(library.path, base))
+            for made, library in zip(job.models, job.libraries, strict=True)
+        }
+
+        def run(made: Compiled) -> Sequence[tuple[str, float]]:
+            library, module = opened[id(made)]
+            return tune.timed(made.kernels, link.profile(library, inputs, _REPEATS, module))
+
+        return tune.spent(job.models, run, job.loads)
 
     def _give_up(self, why: str) -> None:
         """One thread less; what waits fails with the last one."""
@@ -862,22 +963,34 @@ class RpcRunner:
             if self._working:
                 return
             self._failure = why
-            with contextlib.suppress(queue.Empty):
-                while True:
-                    job = self._jobs.get_nowait()
-                    if job is not None:
-                        job.done.set_exception(Farm(self._address).none_left(why))
+            for job in self._waiting():
+                job.done.set_exception(self._farm.none_left(why, self._lost))
+
+    def _waiting(self) -> Iterator[_Job]:
+        """Takes what nobody has begun."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                job = self._jobs.get_nowait()
+                if job is not None:
+                    yield job
+
+    def compare(self, tuned: tune.Exported, untuned: tune.Exported) -> Ratio:
+        """See :class:`edgecompile.targets.tvm.tune.Runner`; on one of the boards, the others are given back before."""
+        self.close()
+        threads = self._chosen.threads
+        libraries = {
+            name: Library.of(path, threads, kernels, self._graph)
+            for name, (path, kernels) in {"tuned": tuned, "untuned": untuned}.items()
+        }
+        taken = _sessions(self._farm, libraries, self._feeds, tune.COMPARED_SECONDS, tune.SESSIONS)
+        return measure.ratio(taken["tuned"], taken["untuned"])
 
     def close(self) -> None:
-        """Give the boards back, when what was submitted is done."""
-        wait(self._given)
+        """Give the boards back; what is under way on one is finished first, what waits is not begun."""
+        for job in self._waiting():
+            job.done.cancel()
         for _ in self._threads:
             self._jobs.put(None)
-        for thread in self._threads:  # one that waits for a board is left to itself
+        for thread in self._threads:  # one that waits for a board or for a round is left to itself
             thread.join(_POLL_SECONDS)
-
-    def __enter__(self) -> RpcRunner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        self._scratch.cleanup()

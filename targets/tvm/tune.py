@@ -1,4 +1,4 @@
-"""Looking for kernels that are faster here than those the cost models choose.
+"""Looking for kernels that are faster than those the cost models choose, here or on boards.
 
 What is searched is small and our own: the tile of a kernel, Winograd or not and how large, how far the reduction is
 unrolled, which loop is outside (:class:`edgecompile.targets.tvm.schedules.tile.Choice`). Each kernel begins with the
@@ -9,11 +9,13 @@ before there is one. So the search is ours, and what MetaSchedule brings is its 
 the cost models make it, the trace of a record holds one decision per field of the choice, and whatever was measured
 before is not measured again, however the last search ended.
 
-Kernels are timed in the model, by its profiler. A kernel on its own finds its weights and its code in the caches and
-has nothing fused into it: choices that gained 10 % so made the model 6 % slower. A round tries one choice for each of a
-few kernels, those that take most for the trials they had. What it compiles are these kernels, with what is fused into
-them; the plan of execution around them is made anew and calls all others, and their weights, where the untuned model
-has them. Nothing is linked or written. The two alternate in this process, so that both see the same machine.
+Kernels are timed in the model, which reads the clock between them. A kernel on its own finds its weights and its code
+in the caches and has nothing fused into it: choices that gained 10 % so made the model 6 % slower. A round tries one
+choice for each of a few kernels, those that take most for the trials they had. What it compiles are these kernels, with
+what is fused into them; the plan of execution around them is made anew and calls all others where the untuned model has
+them, on the same weights. The two alternate in one process, so that both see the same machine: a :class:`Runner` knows
+which. Here, nothing is linked or written. On boards (:class:`edgecompile.targets.tvm.rpc.RpcRunner`) what was compiled
+anew is uploaded, and with several boards several rounds are under way at once, each of which tries other choices.
 
 The time that was asked for is that of everything but the last comparison: the import, the untuned model, the search,
 and what the end of a search takes, which is kept for it.
@@ -34,21 +36,21 @@ import math
 import shutil
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edgecompile import calibration, measure, oracle
-from edgecompile.errors import EdgecompileError, InputError
+from edgecompile.errors import EdgecompileError, EnvironmentMissing, InputError
 from edgecompile.files import cannot_write, write_atomic
 from edgecompile.graph import Graph
 from edgecompile.measure import Ratio
-from edgecompile.target import Engine
 from edgecompile.targets.tvm import lower, schedules
+from edgecompile.targets.tvm.engine import TvmEngine
 from edgecompile.targets.tvm.lower import Compiled
 from edgecompile.targets.tvm.options import Options
 from edgecompile.targets.tvm.schedules import Kernel
@@ -70,7 +72,7 @@ _LOADS = 2  # of a library for a trial
 _TOGETHER = 12  # kernels that are tried in one round, at most
 _BUILDS = 3  # that the end of a tuning may take, of which as much time is kept for it
 _CONFIRMATIONS = 2  # of the best choices, that none is kept by luck
-_SESSIONS, _COMPARED_SECONDS = 10, 8.0  # of the tuned and the untuned model
+SESSIONS, COMPARED_SECONDS = 10, 8.0  # of the tuned and the untuned model
 
 
 # -- records -----------------------------------------------------------------------------------------------------------
@@ -144,9 +146,14 @@ def facts(chosen: Options) -> dict[str, Any]:
     }
 
 
-def cache_folder(chosen: Options) -> Path:
-    """Where the records for these options are kept."""
-    key = hashlib.sha256(json.dumps(facts(chosen), sort_keys=True).encode()).hexdigest()[:16]
+def cache_folder(chosen: Options, boards: str = "") -> Path:
+    """Where the records for these options are kept.
+
+    Args:
+        chosen: the options.
+        boards: kind of the boards that kernels are timed on; what a CPU has around it makes a difference, too.
+    """
+    key = hashlib.sha256(json.dumps([facts(chosen), boards], sort_keys=True).encode()).hexdigest()[:16]
     return calibration.cache_folder().parent / "tuning" / f"tvm-{key}"
 
 
@@ -210,12 +217,14 @@ class Task:
         kernel: the first of those that are equal.
         count: how often the model runs it.
         known: seconds by choice, of one run in the model.
+        trying: choices that are being measured.
         again: what the best choice took when it was measured again, as a part of the untuned time.
     """
 
     kernel: Kernel
     count: int = 0
     known: dict[Choice, float] = field(default_factory=dict)
+    trying: set[Choice] = field(default_factory=set)
     again: float | None = None
 
     @property
@@ -245,7 +254,7 @@ class Task:
             if sizes or name != "size"
             for value in values
         )
-        return next((choice for choice in near if choice not in self.known), None)
+        return next((choice for choice in near if choice not in self.known and choice not in self.trying), None)
 
 
 class Tasks:
@@ -280,13 +289,19 @@ class Tasks:
         """What to try next; nothing where all that is worth a trial is known."""
         least = _SHARE * sum(task.untuned for task in self.all)
         left = [(task, choice) for task in self.all if task.untuned > least and (choice := task.next()) is not None]
-        left.sort(key=lambda pair: -pair[0].untuned / len(pair[0].known))
+        left.sort(key=lambda pair: -pair[0].untuned / (len(pair[0].known) + len(pair[0].trying)))
         return {task.kernel.origin: choice for task, choice in left[:_TOGETHER]}
+
+    def begin(self, trials: Mapping[int, Choice]) -> None:
+        """Note what is being measured, so that it is not tried a second time meanwhile."""
+        for origin, choice in trials.items():
+            self._tasks[origin].trying.add(choice)
 
     def learn(self, origin: int, choice: Choice, seconds: float) -> None:
         """Add what was measured."""
         task = self._tasks[origin]
         task.known[choice] = seconds
+        task.trying.discard(choice)
         self.tried += choice != Choice()
         self.records.add(task.kernel, choice, seconds)
 
@@ -299,38 +314,118 @@ class Tasks:
             task.known, task.again = {Choice(): task.known[Choice()]}, None
 
 
-Runner = Callable[[Compiled], Sequence[tuple[str, float]]]
+Run = Callable[[Compiled], Sequence[tuple[str, float]]]
 """Opens a model, runs it some times, and returns the symbol and seconds of each kernel in the order of execution."""
 
-Opened = Callable[[Any, Sequence[Mapping[str, Any]]], Engine]
-"""Makes an engine of a library, in a file or in this process, and its kernels."""
+Opened = Callable[[Path | Compiled, Sequence[Mapping[str, Any]]], TvmEngine]
+"""Makes an engine of a library and its kernels."""
+
+Exported = tuple[Path, Sequence[Mapping[str, Any]]]
+"""A library and its kernels."""
 
 
-def here(opened: Opened, feeds: Mapping[str, np.ndarray]) -> Runner:
-    """The runner of this process."""
+class Runner(ABC):
+    """What kernels are timed on.
 
-    def run(made: Compiled) -> Sequence[tuple[str, float]]:
-        engine = opened(made.executable, made.kernels)
-        taken = [(layer.name, layer.microseconds / 1e6) for layer in engine.layers(feeds)]
+    Attributes:
+        boards: what they are called, ``""`` for this machine.
+        at_once: how many times :meth:`submit` is worth calling before the first of them has an answer.
+    """
+
+    boards: str = ""
+    at_once: int = 1
+
+    @property
+    def told(self) -> str:
+        """How many boards there are, for people; ``""`` for this machine."""
+        return ""
+
+    @abstractmethod
+    def submit(self, models: Sequence[Compiled], loads: int) -> Future[list[dict[int, float]]]:
+        """What :func:`spent` returns; or EdgecompileError, which may be raised at once.
+
+        It is EnvironmentMissing if there is nothing left to run on.
+        """
+
+    @abstractmethod
+    def compare(self, tuned: Exported, untuned: Exported) -> Ratio:
+        """Time of one library as a part of the other's, by sessions in which they take turns."""
+
+    def close(self) -> None:  # noqa: B027 - this process holds nothing that is to be given back
+        """Give back what it holds, whatever is under way."""
+
+
+class Here(Runner):
+    """This process.
+
+    Args:
+        graph: the model.
+        chosen: the options.
+        opened: makes engines.
+
+    Raises:
+        InputError: kernels compiled for another machine are to be timed.
+    """
+
+    def __init__(self, graph: Graph, chosen: Options, opened: Opened):
+        if not chosen.runs_here:
+            raise InputError(
+                "kernels for another machine cannot be timed here",
+                f"they are compiled for {chosen.machine}",
+                "tune on such boards with --device, or on one of them, and name its records with --option "
+                "tuning=FOLDER",
+            )
+        self._opened, self._feeds = opened, oracle.random_feeds(graph.signature().inputs)
+
+    def run(self, made: Compiled) -> Sequence[tuple[str, float]]:
+        """See :data:`Run`."""
+        engine = self._opened(made, made.kernels)
+        taken = timed(made.kernels, engine.profile(self._feeds))
         engine.close()
         return taken
 
-    return run
+    def submit(self, models: Sequence[Compiled], loads: int) -> Future[list[dict[int, float]]]:
+        """See :class:`Runner`; it is done when this returns."""
+        done: Future[list[dict[int, float]]] = Future()
+        done.set_result(spent(models, self.run, loads))
+        return done
+
+    def compare(self, tuned: Exported, untuned: Exported) -> Ratio:
+        """See :class:`Runner`."""
+        arms = {"tuned": self._opened(*tuned), "untuned": self._opened(*untuned)}
+
+        @contextlib.contextmanager
+        def open_arms() -> Iterator[dict[str, Callable[[], object]]]:
+            yield {name: engine.call(self._feeds) for name, engine in arms.items()}
+            for engine in arms.values():
+                engine.close()
+
+        first = arms["tuned"]
+        taken = measure.interleave_sessions(
+            open_arms, first.clock, sessions=SESSIONS, seconds=COMPARED_SECONDS, threads=max(first.threads, 1)
+        )
+        return measure.ratio(taken["tuned"], taken["untuned"])
 
 
-def spent(models: Sequence[Compiled], runner: Runner, loads: int) -> list[dict[int, float]]:
+def timed(kernels: Sequence[Mapping[str, Any]], profile: Mapping[str, Any]) -> list[tuple[str, float]]:
+    """Symbol and seconds of each kernel, from the profile of an engine."""
+    taken = zip(kernels, profile["microseconds"], strict=True)
+    return [(kernel["symbol"], microseconds / 1e6) for kernel, microseconds in taken]
+
+
+def spent(models: Sequence[Compiled], run: Run, loads: int) -> list[dict[int, float]]:
     """Seconds by origin that the kernels of each model take in one run of it.
 
     Args:
         models: which take turns.
-        runner: runs them.
+        run: runs them.
         loads: how often each is opened: where memory happens to lie makes a difference of several percent. What counts
             is the fastest.
     """
     taken: list[list[Sequence[tuple[str, float]]]] = [[] for _ in models]
     for _ in range(loads):
         for runs, made in zip(taken, models, strict=True):
-            runs.append(runner(made))
+            runs.append(run(made))
     found: list[dict[int, float]] = []
     for runs, made in zip(taken, models, strict=True):
         origins = {kernel["symbol"]: kernel["origin"] for kernel in made.kernels if "origin" in kernel}
@@ -357,41 +452,71 @@ def search(
         plain: the model without any choice.
         compiled: makes the same model with other choices.
         runner: runs both.
-        seconds: to spend; the round that is under way when they are over is finished.
+        seconds: to spend; what is under way when they are over is finished.
         say: told how far it is.
 
     Returns:
         the number of rounds.
+
+    Raises:
+        EnvironmentMissing: there is nothing left to run on.
     """
     begun = time.perf_counter()
     if any(not task.known for task in tasks.all) and seconds > 0:
         say("tuning: timing the kernels as they are")
-        (times,) = spent([plain], runner, _LOADS)
+        (times,) = runner.submit([plain], _LOADS).result()
         for task in tasks.all:
             if not task.known and task.kernel.origin in times:  # what no output needs is not run
                 tasks.learn(task.kernel.origin, Choice(), times[task.kernel.origin] / task.count)
     untuned = sum(task.untuned for task in tasks.all)
     number = 0
+    rounds: dict[Future[list[dict[int, float]]], Mapping[int, Choice]] = {}
     while True:
         trials, left = tasks.trials(), seconds - (time.perf_counter() - begun)
         best, share = sum(task.tuned for task in tasks.all), 1 - left / seconds if trials and left > 0 else 1.0
         minutes, rest = divmod(max(int(left), 0), 60)
         say(
-            f"tuning: round {number + 1}, {tasks.tried} trials made, {minutes}:{rest:02} left, "
+            f"tuning: round {number + 1}{runner.told}, {tasks.tried} trials made, {minutes}:{rest:02} left, "
             f"kernels take {best * 1e3:.3g} ms, {untuned * 1e3:.3g} ms untuned, {100 * share:.0f}%"
         )
-        if not trials or left <= 0:
+        more = bool(trials) and left > 0
+        if not more and not rounds:
             return number
-        number += 1
-        try:
-            before, after = spent([plain, compiled(_trying(trials))], runner, _LOADS)
-        except EdgecompileError:
-            for origin in _unbuildable(tasks, trials):
-                tasks.learn(origin, trials[origin], _FAILED)
-            continue
-        for task in tasks.all:
-            if (origin := task.kernel.origin) in trials:
-                tasks.learn(origin, trials[origin], task.known[Choice()] * after[origin] / before[origin])
+        if more:
+            number += 1
+            tasks.begin(trials)
+            try:
+                rounds[runner.submit([plain, compiled(_trying(trials))], _LOADS)] = trials
+            except EdgecompileError as error:
+                rounds[_failed(error)] = trials
+        if len(rounds) >= runner.at_once or not more:
+            for future in wait(rounds, return_when=FIRST_COMPLETED).done:
+                _learn(tasks, rounds.pop(future), future)
+
+
+def _failed(error: EdgecompileError) -> Future[list[dict[int, float]]]:
+    done: Future[list[dict[int, float]]] = Future()
+    done.set_exception(error)
+    return done
+
+
+def _learn(tasks: Tasks, trials: Mapping[int, Choice], future: Future[list[dict[int, float]]]) -> None:
+    """Add what a round measured.
+
+    Raises:
+        EnvironmentMissing: there was nothing to run it on.
+    """
+    try:
+        before, after = future.result()
+    except EnvironmentMissing:  # which says nothing of the kernels
+        raise
+    except EdgecompileError:
+        for origin in _unbuildable(tasks, trials):
+            tasks.learn(origin, trials[origin], _FAILED)
+        return
+    for task in tasks.all:
+        if (origin := task.kernel.origin) in trials:
+            tasks.learn(origin, trials[origin], task.known[Choice()] * after[origin] / before[origin])
 
 
 def _trying(trials: Mapping[int, Choice]) -> schedules.Pick:
@@ -434,22 +559,20 @@ def build(
     graph: Graph,
     chosen: Options,
     path: Path,
-    opened: Opened,
+    runner: Callable[[], Runner],
     say: Callable[[str], None] | None = None,
-    runner: Runner | None = None,
 ) -> Tuned:
     """Compile ``graph`` with the kernels that tuning finds, or has found.
 
     Args:
         graph, chosen, path, say: as for :func:`edgecompile.targets.tvm.lower.build`; ``chosen`` asks for tuning.
-        opened: makes an engine.
-        runner: runs models, by default in this process.
+        runner: makes what kernels are timed on, if a search is asked for.
 
     Raises:
-        InputError: as ``lower.build``; the records cannot be used; another search runs; or kernels compiled for another
-            machine are to be timed.
+        InputError: as ``lower.build``; the records cannot be used; another search runs; or ``runner`` raises it.
+        EnvironmentMissing: there is nothing left to run on. What was measured until then is recorded.
     """
-    begun, tell = time.perf_counter(), say or (lambda _: None)
+    begun = time.perf_counter()
     if chosen.tuning:
         tasks = Tasks(Records(Path(chosen.tuning), chosen, write=False))
         module = lower.folded(graph, chosen, say)
@@ -457,48 +580,62 @@ def build(
         made.export(path, chosen)
         files = _kept(tasks, chosen, path.parent, summary(tasks, chosen))
         return Tuned(_without_origin(made.kernels), files, f"{_changed(tasks)}, by the records of {chosen.tuning}")
-    if not chosen.runs_here:
-        raise InputError(
-            "kernels for another machine cannot be timed here",
-            f"they are compiled for {chosen.machine}",
-            "tune on that machine, or name its records with --option tuning=FOLDER",
+    with contextlib.closing(runner()) as run, _alone_in(folder := cache_folder(chosen, run.boards)):
+        tasks = Tasks(Records(folder, chosen))
+        try:
+            return _searched(graph, chosen, path, run, tasks, folder, say or (lambda _: None), begun)
+        except EnvironmentMissing as error:
+            kept = f"{tasks.tried} trials were recorded before, and the same command goes on from there"
+            raise EnvironmentMissing(error.what, "; ".join(filter(None, (error.why, kept))), error.fix) from None
+
+
+def _searched(
+    graph: Graph,
+    chosen: Options,
+    path: Path,
+    run: Runner,
+    tasks: Tasks,
+    folder: Path,
+    say: Callable[[str], None],
+    begun: float,
+) -> Tuned:
+    """A search that began at a time on the clock ``perf_counter``, and what is left to do when its time is up."""
+    forms: schedules.Forms = {}
+    module = lower.folded(graph, chosen, say)
+    imported = time.perf_counter()
+    plain = lower.compiled(module, graph, chosen, lambda kernel: tasks.add(kernel) or Choice(), forms)
+
+    def compiled(pick: schedules.Pick) -> Compiled:
+        return lower.varied(plain, module, chosen, pick, forms)
+
+    now, asked = time.perf_counter(), chosen.tune or 0.0
+    end = _BUILDS * (now - imported)
+    if asked:
+        say(
+            f"tuning: of {asked:.0f} s, {now - begun:.0f} went into the untuned model and {end:.0f} are kept for "
+            "the end" + ("" if asked > now - begun + end else ", which leaves no time to search: ask for more")
         )
-    folder, feeds = cache_folder(chosen), oracle.random_feeds(graph.signature().inputs)
-    with _alone_in(folder), tempfile.TemporaryDirectory(prefix="edgecompile-") as scratch:
-        tasks, forms = Tasks(Records(folder, chosen)), {}
-        module, run = lower.folded(graph, chosen, say), runner or here(opened, feeds)
-        imported = time.perf_counter()
-        plain = lower.compiled(module, graph, chosen, lambda kernel: tasks.add(kernel) or Choice(), forms)
-
-        def compiled(pick: schedules.Pick) -> Compiled:
-            return lower.varied(plain, module, chosen, pick, forms)
-
-        now, asked = time.perf_counter(), chosen.tune or 0.0
-        end = _BUILDS * (now - imported)
-        if asked:
-            tell(
-                f"tuning: of {asked:.0f} s, {now - begun:.0f} went into the untuned model and {end:.0f} are kept for "
-                "the end" + ("" if asked > now - begun + end else ", which leaves no time to search: ask for more")
-            )
-        rounds = search(tasks, plain, compiled, run, asked - (now - begun) - end, tell)
-        kept, ratio = plain, None
-        if _confirmed(tasks, plain, compiled, run, tell):
-            tuned, places = lower.compiled(module, graph, chosen, tasks.best), [Path(scratch) / f"{i}.so" for i in "01"]
-            for made, place in zip((tuned, plain), places, strict=True):
-                made.export(place, chosen)
-            ratio = compare(feeds, *(opened(p, m.kernels) for m, p in zip((tuned, plain), places, strict=True)))
+    rounds = search(tasks, plain, compiled, run, asked - (now - begun) - end, say)
+    kept, ratio = plain, None
+    if _confirmed(tasks, plain, compiled, run, say):
+        with tempfile.TemporaryDirectory(prefix="edgecompile-") as scratch:
+            tuned = lower.compiled(module, graph, chosen, tasks.best)
+            made = [(Path(scratch) / f"{i}.so", model) for i, model in enumerate((tuned, plain))]
+            for place, model in made:
+                model.export(place, chosen)
+            ratio = run.compare(*((place, model.kernels) for place, model in made))
             kept = tuned if ratio.high < 1 else plain
             untuned = "" if kept is tuned else " is not faster for certain, the untuned engine is kept"
-            tell(f"tuning: {shown(ratio)}{untuned}")
-            shutil.move(places[0 if kept is tuned else 1], path)
-        else:
-            plain.export(path, chosen)
-        found = summary(tasks, chosen, rounds, ratio)
-        write_atomic(folder / FACTS, [json.dumps(found, indent=1).encode()])
-        if kept is plain or ratio is None:
-            return Tuned(_without_origin(plain.kernels), (), "tuning found nothing that is faster for certain")
-        files = _kept(tasks, chosen, path.parent, found)
-        return Tuned(_without_origin(kept.kernels), files, f"{_changed(tasks)}: {shown(ratio)}")
+            say(f"tuning: {shown(ratio)}{untuned}")
+            shutil.move(made[0 if kept is tuned else 1][0], path)
+    else:
+        plain.export(path, chosen)
+    found = summary(tasks, chosen, rounds, ratio)
+    write_atomic(folder / FACTS, [json.dumps(found, indent=1).encode()])
+    if kept is plain or ratio is None:
+        return Tuned(_without_origin(plain.kernels), (), "tuning found nothing that is faster for certain")
+    files = _kept(tasks, chosen, path.parent, found)
+    return Tuned(_without_origin(kept.kernels), files, f"{_changed(tasks)}: {shown(ratio)}")
 
 
 def shown(ratio: Ratio) -> str:
@@ -523,7 +660,7 @@ def _confirmed(
         if not (picked := [task.kernel.origin for task in tasks.all if task.best != Choice()]):
             break
         say(f"tuning: measuring the best choices for {len(picked)} kernels again")
-        before, after = spent([plain, compiled(tasks.best)], runner, 2 * _LOADS)
+        before, after = runner.submit([plain, compiled(tasks.best)], 2 * _LOADS).result()
         for origin in picked:
             tasks.confirm(origin, after[origin] / before[origin])
     else:
@@ -536,22 +673,6 @@ def _confirmed(
 def _without_origin(kernels: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Kernels as they are stored."""
     return [{name: value for name, value in kernel.items() if name != "origin"} for kernel in kernels]
-
-
-def compare(feeds: Mapping[str, np.ndarray], tuned: Engine, untuned: Engine) -> Ratio:
-    """Time of one engine as a part of the other's, by sessions in which they take turns."""
-    arms = {"tuned": tuned, "untuned": untuned}
-
-    @contextlib.contextmanager
-    def open_arms() -> Iterator[dict[str, Callable[[], object]]]:
-        yield {name: engine.call(feeds) for name, engine in arms.items()}
-        for engine in arms.values():
-            engine.close()
-
-    taken = measure.interleave_sessions(
-        open_arms, tuned.clock, sessions=_SESSIONS, seconds=_COMPARED_SECONDS, threads=max(tuned.threads, 1)
-    )
-    return measure.ratio(taken["tuned"], taken["untuned"])
 
 
 def summary(tasks: Tasks, chosen: Options, rounds: int = 0, ratio: Ratio | None = None) -> dict[str, Any]:

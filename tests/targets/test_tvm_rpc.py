@@ -25,14 +25,16 @@ from edgecompile import bench, bundle, cli, driver, frontend, measure, oracle, r
 from edgecompile.cli import main
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph
-from edgecompile.targets.tvm import ENGINE, TvmTarget
+from edgecompile.targets.tvm import ENGINE, TvmTarget, lower, tune
+from edgecompile.targets.tvm import options as tvm_options
 from edgecompile.targets.tvm.engine import TvmEngine
+from edgecompile.targets.tvm.schedules import winograd
 
 tvm = pytest.importorskip("tvm")
 pytest.importorskip("tornado", reason="TVM's tracker needs it: pip install 'edgecompile[tvm]'")
 from edgecompile.targets.tvm import rpc  # noqa: E402
 
-KEYS = ("desk", "killed", "tuned")
+KEYS = ("desk", "killed", "tuned", "lost")
 
 
 @dataclass
@@ -108,22 +110,6 @@ def error(reference, outputs) -> float:
     return max(e.max_rel for e in oracle.compare_all(reference, outputs).values())
 
 
-@pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    """One kernel, y = x + 1, as a tuner compiles it."""
-    from tvm import te
-
-    x = te.placeholder((64, 64), name="x")
-    y = te.compute((64, 64), lambda i, j: x[i, j] + 1.0, name="y")
-    path = tmp_path_factory.mktemp("kernel") / "kernel.so"
-    function = te.create_prim_func([x, y]).with_attr("global_symbol", "main")
-    tvm.compile(tvm.IRModule({"main": function}), target=tvm.target.Target({"kind": "llvm"})).export_library(str(path))
-    return path
-
-
-ARGUMENTS = [((64, 64), "float32")] * 2
-
-
 @pytest.mark.parametrize(
     "text, expected",
     [
@@ -177,8 +163,6 @@ def test_what_a_board_cannot_run_is_refused_before_it_is_built(servers, built, t
     assert other in caught.value.why and not list(tmp_path.iterdir())
     with pytest.raises(InputError, match="arch=sm_87"):
         farm.fitted({"arch": "sm_87"})
-    with pytest.raises(InputError, match="--tune does not go with"):
-        farm.fitted({"tune": "10m"})
     # A server without a compiler tells nothing: the CPU must be named, and then it is taken on trust.
     silent = rpc.Facts(cpus=4, cores=4)
     monkeypatch.setattr(farm, "facts", lambda: silent)
@@ -187,9 +171,9 @@ def test_what_a_board_cannot_run_is_refused_before_it_is_built(servers, built, t
     assert farm.fitted({"mcpu": "cortex-a76", "mtriple": "aarch64-linux-gnu"})["threads"] == 4
 
 
-def test_one_of_two_boards_is_killed_midway(library, built, by_key):
+def test_one_of_two_boards_is_killed_midway(built, by_key):
     """Work under way starts over on the other one; when that is killed too, none is left."""
-    _, engine, _, feeds, reference = built
+    _, engine, folder, feeds, reference = built
     servers = by_key["killed"]
     farm = servers.farm()
     first = farm.link().name
@@ -199,14 +183,14 @@ def test_one_of_two_boards_is_killed_midway(library, built, by_key):
         started.append(link.name)
         if len(started) == 1:
             threading.Timer(0.2, lambda: servers.kill(port(link.name))).start()
-        return link.seconds(library, ARGUMENTS, 2, 400)  # 0.8 s or more
+        return rpc._session(link, {"a": engine._library}, {"a": feeds}, remote.Plan(0.8))["a"].p50
 
     assert 0 < farm.run(work) < 1e-3
     assert started[0] == first and len(set(started)) == 2
     assert len(servers.said) == 1 and f"{first} was lost" in servers.said[0]
     assert farm.losses == servers.said and servers.said[0] in farm.notes[1]
     # The very same again, of an engine: what it opened on the lost board is opened on the other one.
-    again = rpc.RpcEngine(engine.manifest, farm, engine._library, engine._graph)
+    again = rpc.RpcEngine(engine.manifest, farm, folder, engine._graph)
     assert error(reference, again.run(feeds)) < 1e-5
     servers.kill(*servers.groups)
     with pytest.raises(EnvironmentMissing, match="is left") as caught:
@@ -218,28 +202,118 @@ def port(name: str) -> int:
     return int(name.rpartition(":")[2])
 
 
-def test_tuning_goes_on_when_a_board_is_killed(library, by_key, tmp_path):
-    servers = by_key["tuned"]
-    with rpc.RpcRunner(servers.address, repeats=2, least_ms=60, say=servers.said.append) as runner:
-        assert runner.boards == 2
-        given = [runner.submit(library, ARGUMENTS) for _ in range(6)]
-        bad = runner.submit(tmp_path / "none.so", ARGUMENTS)
-        given[0].result(20)
-        servers.kill(next(iter(servers.groups)))
-        assert all(0 < future.result(30) < 1e-3 for future in given)
-        with pytest.raises(InputError, match=r"none\.so"):
-            bad.result(20)
-        assert sum("was lost" in text for text in servers.said) == 1
-        servers.kill(*servers.groups)
-        with pytest.raises(EnvironmentMissing, match="no board"):
-            runner.submit(library, ARGUMENTS).result(20)
-
-
-def test_a_kernel_that_fails_is_not_a_lost_board(servers, library):
-    farm = servers.farm()
+def test_a_library_that_fails_is_not_a_lost_board(servers, built):
+    _, engine, _, feeds, _ = built
+    farm, library = servers.farm(), engine._library
     with pytest.raises(InputError, match="cannot do this"):
-        farm.run(lambda link: link.seconds(library, [((3, 3), "float32")] * 2, 1, 0))
+        farm.run(lambda link: link.run(library, link.open(library), {"x": feeds["x"][:, :1]}))
     assert not farm.losses
+
+
+def test_layers_are_those_of_this_machine(servers, built, monkeypatch, tmp_path):
+    graph, manifest, folder, feeds = built[0], built[1].manifest, built[2], built[3]
+    here, engine = (t.load(folder, manifest, graph) for t in (TvmTarget(), rpc.RpcTarget(servers.farm())))
+    pairs = list(zip(here.layers(feeds, 20), engine.layers(feeds, 20), strict=True))
+    assert len(pairs) >= 2 and {name for one, _ in pairs for name in one.nodes} == {"/conv", "/relu"}
+    for one, other in pairs:
+        assert (one.name, one.op, one.nodes, one.modules) == (other.name, other.op, other.nodes, other.modules)
+        assert 0.1 < one.microseconds / other.microseconds < 10
+    with pytest.raises(InputError, match="x"):
+        engine.layers({"x": feeds["x"][:, :1]})
+    with pytest.raises(ValueError):
+        TvmTarget().layers(folder, engine.manifest, graph, {"microseconds": [1.0] * (len(pairs) + 1)})
+    # A library that has no such function, as they were before.
+    monkeypatch.setattr(lower, "TIMED", "main_of_another_name")
+    before = rpc.RpcTarget(servers.farm()).build(graph, tmp_path, {"threads": 1})
+    for old in (before, TvmTarget().load(tmp_path, before.manifest, graph)):
+        assert error(here.run(feeds), old.run(feeds)) == 0
+        with pytest.raises(InputError, match="does not tell the times") as caught:
+            old.layers(feeds)
+        assert caught.value.fix == "build it again"
+
+
+# -- tuning ------------------------------------------------------------------------------------------------------------
+
+
+def network() -> Graph:
+    """A convolution that Winograd's algorithm makes much faster."""
+    weight = (np.random.default_rng(0).standard_normal((64, 64, 3, 3)) / 8).astype(np.float32)
+    node = helper.make_node("Conv", ["x", "w"], ["y"], name="/conv", pads=[1, 1, 1, 1])
+    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [1, 64, 32, 32]) for n in "xy"]
+    graph = helper.make_graph([node], "net", ports[:1], ports[1:], [onnx.numpy_helper.from_array(weight, "w")])
+    return Graph.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
+
+
+@pytest.fixture
+def search(monkeypatch, tmp_path):
+    """Two choices to try, a cost model that makes neither, a short comparison, and a cache of its own."""
+    monkeypatch.setenv("EDGECOMPILE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(tune, "SPACE", {"size": (None, 4, 0), "rows_outside": (False,), "steps": (4,), "rank": (0,)})
+    monkeypatch.setattr(tune, "SESSIONS", 6)
+    monkeypatch.setattr(tune, "COMPARED_SECONDS", 0.3)
+    monkeypatch.setattr(tune, "_CONFIRMATIONS", 1)
+    monkeypatch.setattr(winograd, "_GAIN", 0.0)
+    winograd.choose.cache_clear()
+    yield
+    winograd.choose.cache_clear()
+
+
+def records(cache: Path) -> list[str]:
+    (folder,) = (cache / "tuning").iterdir()
+    return (folder / tune.RECORDS).read_text().splitlines()
+
+
+def test_a_search_times_on_both_boards_at_once_and_goes_on_without_one(search, by_key, tmp_path, monkeypatch):
+    """Two rounds meet, each on a board of its own; then one board is killed, and its round is done on the other."""
+    servers, farm, graph = by_key["tuned"], by_key["tuned"].farm(), network()
+    meeting, met, done, times = threading.Barrier(2), [], [], rpc.RpcRunner._times
+
+    def watched(runner, link, job):
+        if len(job.models) == 2 and len(met) < 2:
+            met.append(link.name)
+            meeting.wait(60)
+            if link.name == max(met):
+                servers.kill(port(link.name))
+        found = times(runner, link, job)
+        done.append((link.name, len(job.models)))
+        return found
+
+    monkeypatch.setattr(rpc.RpcRunner, "_times", watched)
+    folder = tmp_path / "tuned"
+    folder.mkdir()
+    engine = rpc.RpcTarget(farm).build(graph, folder, {"threads": 1, "tune": "5m"}, servers.said.append)
+    assert len(set(met)) == 2
+    assert {name for name, models in done if models == 2} == {min(met)}
+    assert sum(f"{max(met)} was lost" in text for text in servers.said) == 1
+    assert any(max(met) in note for note in farm.notes)
+    assert any("round 2 on 2 boards" in text for text in servers.said)
+    assert any("on 1 board," in text for text in servers.said)
+
+    assert len(records(tmp_path / "cache")) == len(set(records(tmp_path / "cache"))) == 3  # as it was, and two trials
+    facts = json.loads((folder / tune.FACTS).read_text())
+    assert facts["trials"] == 2 and facts["ratio"]["high"] < 1
+    assert [kernel["choice"]["size"] for kernel in facts["kernels"]] == [4]
+    feeds = oracle.random_feeds(graph.signature().inputs)
+    assert error(oracle.run(graph, feeds), engine.run(feeds)) < 1e-5
+    assert "winograd" in " ".join(layer.op for layer in engine.layers(feeds))
+    farm.close()
+
+
+def test_a_search_that_no_board_is_left_for_keeps_what_it_learnt(search, by_key, tmp_path):
+    servers = by_key["lost"]
+
+    def kill(text: str) -> None:
+        if text.startswith("tuning: round 1"):
+            for one in list(servers.groups):
+                servers.kill(one)
+
+    options = {"threads": 1, "tune": "5m"}
+    with pytest.raises(EnvironmentMissing, match=r"no board of .* is left") as caught:
+        rpc.RpcTarget(servers.farm()).build(network(), tmp_path, options, kill)
+    assert "the same command goes on from there" in caught.value.why and "rpc_server" in caught.value.fix
+    assert caught.value.exit_code == 4
+    assert len(records(tmp_path / "cache")) == 1  # as it was; that no board was left says nothing of a choice
+    assert not (tmp_path / ENGINE).exists()
 
 
 def test_busy_boards_are_waited_for(servers):
@@ -264,7 +338,7 @@ def test_no_tracker_and_no_board_are_told_apart(servers):
     with pytest.raises(EnvironmentMissing, match="there is no board"):
         rpc.Farm(nobody).facts()
     with pytest.raises(EnvironmentMissing, match="there is no board"):
-        rpc.RpcRunner(nobody)
+        rpc.RpcRunner(rpc.Farm(nobody), network(), tvm_options.parse({"threads": 1}))
 
 
 def test_build_and_bench(servers, tmp_path, monkeypatch):
@@ -280,17 +354,19 @@ def test_build_and_bench(servers, tmp_path, monkeypatch):
     report = json.loads((made / "report.json").read_text())
     assert report["provenance"]["machine"]["cpu"] == tvm.target.codegen.llvm_get_system_cpu()
     assert any("network is in no figure" in text for text in report["warnings"])
-    shown = CliRunner().invoke(main, ["bench", str(made), "--device", device, "--seconds", "0.1", "--json"])
+    command = ["bench", str(made), "--device", device, "--seconds", "0.1", "--layers", "--json"]
+    shown = CliRunner().invoke(main, command)
     assert shown.exit_code == 0, shown.output
     result = bench.BenchResult.from_json(json.loads(shown.output[shown.output.index("{") :]))
     assert result.timing.clock == "wall" and len(result.timing.sessions) >= 6 and result.machine["features"]
     assert 1e-6 < result.timing.p50 < 1e-2
+    assert result.layers is not None
+    assert any("conv2d" in layer.name and layer.seconds > 0 for layer in result.layers.layers)
+    assert report["layers"] and all(one["microseconds"] > 0 for one in report["layers"])
     assert result.memory is None and any("network" in note for note in result.notes)
     with remote.open_board(device) as board:
         opened = bundle.Bundle.open(made)
         assert error(opened.probe()[1], board.outputs(board.add(made))) < 1e-5
-        with pytest.raises(InputError, match="layers"):
-            bench.layers(opened, opened.probe()[0], board=board)
 
 
 @pytest.mark.parametrize(

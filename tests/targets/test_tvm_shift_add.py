@@ -20,7 +20,7 @@ from edgecompile.graph import Graph
 from edgecompile.passes.legalize import Legalize
 from edgecompile.passes.shift_add import codes, ops
 from edgecompile.pipeline import Context
-from edgecompile.targets.tvm import TvmTarget, options, shift_add
+from edgecompile.targets.tvm import TvmTarget, cuda, options, shift_add
 from edgecompile.targets.tvm.schedules import shift_add as kernels
 from edgecompile.targets.tvm.schedules.tile import Vectors, padded
 from edgecompile.targets.tvm.schedules.views import View
@@ -498,6 +498,8 @@ def test_bits_are_counted_by_the_instructions_of_the_cpu(target, there, least):
 
 
 def test_a_gpu_gets_what_the_codes_stand_for(tmp_path):
+    if cuda.compiler() is None:
+        pytest.skip("no CUDA compiler")
     graph = model(codes.encode(RNG.standard_normal((64, 32)).astype(np.float32), "binary", 4), [1, 32])
     said: list[str] = []
     engine = TvmTarget().build(graph, tmp_path, {"arch": "sm_87"}, said.append)
