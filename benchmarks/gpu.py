@@ -1,4 +1,4 @@
-"""The zoo on a GPU: ONNX Runtime's CUDA provider, and TensorRT where it is installed, against eager torch.
+"""The zoo on a GPU: ONNX Runtime's CUDA provider, TensorRT and, in float32, TVM where they are, against eager torch.
 
 Usage: python benchmarks/gpu.py [NAME ...] [--precision fp16] [--seconds 6] [--output benchmarks/results/gpu.json]
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import random
 import sys
@@ -67,6 +68,11 @@ def run_one(name: str, precision: str, seconds: float, providers: str = "cuda") 
     options: dict[str, Mapping[str, Any]] = {"ort": {"providers": providers}}
     if here == "cuda" and registry.target("trt").missing() is None:
         options["trt"] = {}
+    if here == "cuda" and precision == "fp32" and importlib.util.find_spec("tvm") is not None:
+        from edgecompile.targets.tvm import cuda
+
+        if cuda.device().exist and cuda.compiler() is not None:
+            options["tvm"] = {"arch": f"sm_{cuda.device().compute_version.replace('.', '')}"}
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "export").mkdir()
         source = frontend.load(name, folder=Path(folder) / "export")

@@ -167,7 +167,7 @@ def _capabilities() -> Iterator[Capability]:
         yield Capability(f"tvm linker for {machine}", path is not None, detail=path or f"no {linker}", fix=fix)
     nvcc = cuda.compiler()
     yield Capability(
-        "tvm compiler for CUDA",
+        "nvcc for tvm",
         nvcc is not None,
         cuda.compiler_version() if nvcc else "",
         nvcc or "no nvcc",

@@ -192,7 +192,7 @@ def _no_device() -> str:
     """Why TVM has none."""
     import tvm
 
-    library = Path(tvm.__file__).parent / "lib" / _RUNTIME
+    library = Path(tvm.__path__[0]) / "lib" / _RUNTIME
     try:
         ctypes.CDLL(str(library))
     except OSError as error:  # libraries of CUDA that this one needs

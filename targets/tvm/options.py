@@ -18,7 +18,7 @@ OPTIONS: Mapping[str, tuple[Any, str]] = {
     "mattr": ("", "CPU features on top of mcpu, e.g. +dotprod,-sve; this machine's by default"),
     "mtriple": ("", "target triple of a cross-compilation, e.g. aarch64-linux-gnu"),
     "linker": ("", "compiler that links the library; the machine's own, or TRIPLE-gcc"),
-    "arch": ("", "CUDA architecture, e.g. sm_87: compile for a GPU instead of the CPU"),
+    "arch": ("", "CUDA architecture, e.g. sm_87: compile for a GPU instead of the CPU; needs nvcc"),
     "winograd": (True, "Winograd's algorithm for 3x3 convolutions where it pays and its error stays below 1e-5"),
     "activations": (
         "float32",

@@ -1,8 +1,8 @@
-"""Kernels of the target tvm for coded weights and binary attention on a GPU, against the bodies of the operators.
+"""Engines of the target tvm on a GPU: coded weights and binary attention, and what runs where.
 
-Nothing here needs a GPU: TVM's host code and CUDA runtime run as they are, and the CUDA C that TVM generates is
-compiled for this CPU (``cuda_on_host``). What a GPU adds, its instructions and its time, is not tested; where nvcc is,
-it compiles the kernels.
+Few tests need a GPU: TVM's host code and CUDA runtime run as they are, and the CUDA C that TVM generates is compiled
+for this CPU (``cuda_on_host``). What a GPU adds, its instructions and its time, is left to those marked ``gpu``; where
+nvcc is, it compiles the kernels.
 """
 
 from __future__ import annotations
@@ -10,9 +10,12 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import os
 import re
 import shutil
+import struct
 import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -22,17 +25,19 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from cuda_on_host import Device, compiled
-from onnx import helper
+from cuda_on_host import Device, compiled, used
+from cuda_on_host import built as built_there
+from onnx import helper, numpy_helper
 from test_tvm import exported
 from test_tvm_shift_add import built, hamming, model, weights_of
 
 from edgecompile import oracle
 from edgecompile.calibration_data import open_data
+from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph
 from edgecompile.passes.shift_add import codes, ops
 from edgecompile.pipeline import Pipeline
-from edgecompile.targets.tvm import ENGINE, KERNELS, TvmTarget, options, shift_add
+from edgecompile.targets.tvm import ENGINE, KERNELS, TvmTarget, cuda, options, shift_add
 from edgecompile.targets.tvm.schedules import shift_add_cuda as gpu
 from edgecompile.targets.tvm.schedules.shift_add import Rows
 
@@ -44,13 +49,20 @@ Case = tuple[str, int, int, list[int]]  # kind and bits of codes, their group, s
 
 
 @pytest.fixture(scope="module")
-def device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
+def _device(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Device]:
     if shutil.which("g++") is None:
         pytest.skip("no C++ compiler")
     if not list(Path(tvm.__file__).parent.glob("lib/libtvm_runtime_cuda.so")):
         pytest.skip("this TVM has no CUDA runtime")
     with Device(tmp_path_factory.mktemp("device")) as made:
         yield made
+
+
+@pytest.fixture
+def device(_device: Device, monkeypatch: pytest.MonkeyPatch) -> Device:
+    """The device; its compiler is on the path."""
+    monkeypatch.setenv("PATH", _device.variables["PATH"])
+    return _device
 
 
 def errors(graph: Graph, folder: Path, device: Device, **given: Any) -> tuple[dict[str, float], list[str]]:
@@ -128,7 +140,7 @@ def test_other_layers_are_computed_from_decoded_weights(shape, given, device, tm
     symbols = [kernel["symbol"] for kernel in json.loads((tmp_path / KERNELS).read_text())]
     assert "matmul" in symbols and not any("product" in symbol for symbol in symbols)
     # The cost model's word for it: a block computes 32 tokens, be there three or 33.
-    text = (tmp_path / ENGINE).read_bytes().decode("latin1")
+    text = device.sources()[-1]
     threads, sums = re.search(r"bounds__\((\d+)\) matmul_kernel", text), re.search(r"pad_local_ptr\[(\d+)\]", text)
     assert threads and sums and int(threads[1]) * int(sums[1]) == gpu._TILE * gpu._ROWS
 
@@ -321,6 +333,193 @@ def test_a_network_runs_whole(given, products, attention, device, tmp_path):
     assert counts == {products: 20, "float32": 1, **({attention: 4} if attention else {})}  # the last has one token
 
 
+# -- engines -----------------------------------------------------------------------------------------------------------
+
+
+def net() -> Graph:
+    """A convolution, a mean and a linear layer, and a second output before them."""
+
+    def held(name: str, *shape: int) -> Any:
+        return numpy_helper.from_array(RNG.standard_normal(shape).astype(np.float32), name)
+
+    def named(name: str, *shape: int) -> Any:
+        return helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, shape)
+
+    nodes = [
+        helper.make_node("Conv", ["x", "w", "b"], ["c"], "conv", pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c"], ["r"], "relu"),
+        helper.make_node("GlobalAveragePool", ["r"], ["g"], "mean"),
+        helper.make_node("Flatten", ["g"], ["f"], "flat"),
+        helper.make_node("Gemm", ["f", "v", "a"], ["z"], "linear", transB=1),
+        helper.make_node("Softmax", ["z"], ["y"], "softmax"),
+    ]
+    weights = [held("w", 6, 3, 3, 3), held("b", 6), held("v", 5, 6), held("a", 5)]
+    graph = helper.make_graph(
+        nodes, "net", [named("x", 1, 3, 9, 7)], [named("y", 1, 5), named("r", 1, 6, 9, 7)], weights
+    )
+    return Graph.from_proto(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9))
+
+
+@pytest.fixture(scope="module")
+def engine(_device: Device, tmp_path_factory: pytest.TempPathFactory) -> tuple[Graph, Path, Any]:
+    graph, folder = net(), tmp_path_factory.mktemp("engine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", _device.variables["PATH"])
+        return graph, folder, TvmTarget().build(graph, folder, GPU).manifest
+
+
+def close(found: Any, expected: Any) -> None:
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_an_engine_runs_where_the_device_is(engine, device):
+    graph, folder, manifest = engine
+    feeds = oracle.random_feeds(graph.signature().inputs)
+    found = device.ask(used, folder, manifest, graph.to_proto().SerializeToString(), feeds)
+    for outputs in (found["outputs"], found["again"]):
+        close(outputs, oracle.run(graph, feeds))
+    assert found["clock"] == "wall" and manifest.device == "cuda sm_87"
+    after, bare, again = found["waited"]
+    assert after == again == 0 < bare  # a call waits for the device, one of the virtual machine does not
+    kernels = json.loads((folder / KERNELS).read_text())
+    assert [layer.name for layer in found["layers"]] == [kernel["symbol"] for kernel in kernels]
+    assert all(layer.microseconds > 0 for layer in found["layers"])
+    assert {n for layer in found["layers"] for n in layer.nodes} >= {"conv", "relu", "mean", "linear", "softmax"}
+
+
+def test_a_library_holds_what_was_compiled(engine, device):
+    _, folder, manifest = engine
+    data = (folder / ENGINE).read_bytes()
+    assert b"__global__" not in data and str(device.folder).encode() in data
+    assert manifest.options["mtriple"] == f"{options.parse({}).machine}-linux-gnu"
+    machine, *features = options.host(options.parse(manifest.options)).split()
+    assert machine == options.parse({}).machine and set(features) <= {"asimd"}  # any CPU of its kind starts kernels
+
+
+def test_it_is_compiled_by_nvcc_where_the_device_is_as_well(device, tmp_path):
+    graph, before = net(), len(device.sources())
+    feeds = oracle.random_feeds(graph.signature().inputs)
+    close(device.ask(built_there, tmp_path, graph.to_proto().SerializeToString(), GPU, feeds), oracle.run(graph, feeds))
+    assert len(device.sources()) == before + 1 and b"__global__" not in (tmp_path / ENGINE).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("have", "refused"),
+    [
+        ("8.7", ""),
+        ("8.9", ""),
+        ("10.3", ""),
+        ("8.6", "8.7, and the GPU here has 8.6"),
+        ("7.9", "sm_79"),
+        ("", "no CUDA"),
+    ],
+)
+def test_a_device_runs_what_was_compiled_for_older_ones(have, refused, engine, device):
+    graph, folder, manifest = engine
+    given = folder, manifest, graph.to_proto().SerializeToString(), oracle.random_feeds(graph.signature().inputs)
+    if not refused:
+        assert device.ask(used, *given, CUDA_ON_HOST=have)["layers"]
+        return
+    with pytest.raises(EnvironmentMissing, match="sm_87") as caught:
+        device.ask(used, *given, CUDA_ON_HOST=have)
+    assert refused in str(caught.value) and caught.value.fix
+
+
+def test_without_a_device_an_engine_is_built_and_refused(engine):
+    if tvm.cuda(0).exist:
+        pytest.skip("there is a device")
+    graph, folder, manifest = engine
+    with pytest.raises(EnvironmentMissing, match=r"sm_87, and .*GPU of compute capability 8.7 or above"):
+        TvmTarget().load(folder, manifest, graph)
+
+
+def test_the_cpu_beside_the_device_must_fit(engine, device):
+    graph, folder, manifest = engine
+    other = "aarch64" if options.parse({}).machine == "x86_64" else "x86_64"
+    wrong = replace(manifest, options={**manifest.options, "mtriple": f"{other}-linux-gnu"})
+    with pytest.raises(EnvironmentMissing, match=other):
+        device.ask(used, folder, wrong, graph.to_proto().SerializeToString(), {})
+
+
+def test_kernels_that_the_driver_does_not_take(engine, device, tmp_path):
+    graph, folder, manifest = engine
+    kernels, library = str(device.folder).encode(), (folder / ENGINE).read_bytes()
+    assert library.count(kernels) == 1
+    (tmp_path / ENGINE).write_bytes(library.replace(kernels, kernels[:-1] + b"?"))
+    shutil.copy(folder / KERNELS, tmp_path)
+    feeds = oracle.random_feeds(graph.signature().inputs)
+    with pytest.raises(EnvironmentMissing, match="driver does not take"):
+        device.ask(used, tmp_path, manifest, graph.to_proto().SerializeToString(), feeds)
+
+
+def test_without_a_compiler_nothing_is_built(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuda, "_TOOLKIT", tmp_path)
+    (tmp_path / "gcc").symlink_to(str(shutil.which("gcc")))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EnvironmentMissing, match="nvcc") as caught:
+        TvmTarget().build(net(), tmp_path, GPU)
+    assert "CUDA toolkit" in caught.value.fix
+    (found,) = (c for c in TvmTarget().probe() if c.name == "nvcc for tvm")
+    assert not found.available and found.fix
+    (tmp_path / "nvcc").write_text("#!/bin/sh\necho 'nvcc fatal: no sm_999' >&2; echo release 13.0, V13.0.88; exit 1\n")
+    (tmp_path / "nvcc").chmod(0o755)
+    (found,) = (c for c in TvmTarget().probe() if c.name == "nvcc for tvm")
+    assert found.available and (found.version, found.detail) == ("13.0", str(tmp_path / "nvcc"))
+    with pytest.raises(InputError, match="for sm_999; nvcc fatal: no sm_999"):
+        TvmTarget().build(net(), tmp_path, {"arch": "sm_999"})
+
+
+@pytest.mark.slow
+def test_a_build_where_the_device_is_compares_and_measures(device, tmp_path):
+    onnx.save(net().to_proto(), tmp_path / "net.onnx")
+    how = ["--target", "tvm", "--option", "arch=sm_87", "--output", str(tmp_path / "bundle")]
+    command = [sys.executable, "-m", "edgecompile", "build", str(tmp_path / "net.onnx"), *how]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **device.variables})
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    found = json.loads((tmp_path / "bundle" / "report.json").read_text())
+    assert found["parity"]["ok"] and found["parity"]["outputs"].keys() == {"y", "r"}
+    assert (found["latency"]["clock"], found["latency"]["threads"]) == ("wall", 0)
+    assert found["latency"]["engine"]["calls"] > 0 and len(found["layers"]) == 4 and not found["warnings"]
+
+
+def test_nvcc_makes_code_of_the_architecture_and_ptx_for_newer_ones():
+    if cuda.compiler() is None:
+        pytest.skip("no CUDA compiler")
+    made = cuda.binary('extern "C" __global__ void kernel(float *x) { x[threadIdx.x] = 1; }', "sm_87")
+    magic, _, at, size = struct.unpack_from("<IHHQ", made)
+    assert magic == 0xBA55ED50 and at + size == len(made)
+    kinds = set()
+    while at < len(made):
+        kind, _, header, size = struct.unpack_from("<HHIQ", made, at)
+        kinds.add((kind, *struct.unpack_from("<I", made, at + 28)))
+        at += header + size
+    assert kinds == {(1, 87), (2, 87)}  # PTX, machine code
+    with pytest.raises(InputError, match="sm_87"):
+        cuda.binary("wrong", "sm_87")
+
+
+@pytest.mark.gpu
+def test_a_gpu_agrees_with_the_cpu(tmp_path):
+    if not tvm.cuda(0).exist:
+        pytest.skip("TVM finds no GPU")
+    if cuda.compiler() is None:
+        pytest.skip("no CUDA compiler")
+    arch = f"sm_{tvm.cuda(0).compute_version.replace('.', '')}"
+    codes_too = together([net(), layers([("pot", 4, 32, [2]), ("binary", 3, 32, [9])], 101, 77)])
+    for number, graph in enumerate((net(), codes_too)):
+        (folder := tmp_path / str(number)).mkdir()
+        made = TvmTarget().build(graph, folder, {"arch": arch})
+        feeds = oracle.random_feeds(graph.signature().inputs)
+        expected = oracle.run(graph, feeds)
+        made.call(feeds)()
+        found = made.run(feeds)
+        for name, value in expected.items():
+            assert np.abs(found[name] - value).max() < 1e-3 * np.abs(value).max(), name
+        assert all(layer.microseconds > 0 for layer in made.layers(feeds))
+
+
 # -- the code ----------------------------------------------------------------------------------------------------------
 
 LARGE = {
@@ -362,7 +561,7 @@ def test_the_cuda_compiler_takes_the_kernels(arch, tmp_path):
     if compiler is None:
         pytest.skip("no CUDA compiler")
     (tmp_path / "kernels.cu").write_text(source(arch))
-    kinds = {"kernels.ptx": ["-ptx", "--use_fast_math"], "kernels.cubin": ["-cubin", "-Xptxas", "-v"]}  # as TVM asks
+    kinds = {"kernels.ptx": ["-ptx"], "kernels.cubin": ["-cubin", "-Xptxas", "-v"]}
     done = None
     for before, (name, how) in zip(("kernels.cu", "kernels.ptx"), kinds.items(), strict=True):
         command = [compiler, f"-arch={arch}", *how, "-o", str(tmp_path / name), str(tmp_path / before)]
