@@ -15,10 +15,12 @@ those written in Python cost an interpreter's call and its lock. No package hold
 A kernel replaces the function body only where it was measured to be faster, layer by layer and then in the whole model.
 
 - *Float activations*: codes are looked up in a register and multiplied in float32, which is the body's result up to the
-  order of the sum. Codes of up to four bits, of any book or binary, are numbers of 16 levels of their group; codes of
-  eight bits are a power of two, whose exponent is written into a float32, or the sum of two, looked up one by one.
-- *Integer activations* (``activations=int8``): each token ``x`` becomes ``round(x / s)`` with ``s = max|x| / 127``, and
-  levels that are whole numbers times a power of two are multiplied as such. The sum is exact; what is rounded is ``x``.
+  order of the sum. A book of up to 16 levels is one table for all rows, which lie in the lanes of a vector, and the sum
+  of a group meets its scale at the end. Binary codes have a table for each row and group, so columns lie in the lanes.
+  Codes of eight bits are a power of two, whose exponent is written into a float32, or the sum of two.
+- *Integer activations* (``activations=int8``), of such a book: each token ``x`` becomes ``round(x / s)`` with
+  ``s = max|x| / 127``, and levels that are whole numbers times a power of two are looked up by bytes and multiplied as
+  such. The sum of a group is exact; what is rounded is ``x``.
 - *Angular attention*: of every four rows that may be added, the 16 possible sums are formed once and looked up.
 
 Sources: ONNX Runtime documentation, "Custom operators"; onnxruntime_c_api.h; Arlazarov et al., "On economical
@@ -33,7 +35,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,7 @@ from edgecompile.functions import DOMAIN as SOURCE
 from edgecompile.graph import Graph, where
 from edgecompile.targets import ort_session
 from edgecompile.targets.ort_session import OPS, Options
+from edgecompile.targets.tvm.schedules import shift_add as layouts
 from edgecompile.targets.tvm.shift_add import ANGULAR, Weights, read
 
 DOMAIN = "ai.edgecompile.ort"
@@ -60,9 +63,11 @@ _FEATURES = {
     "avx512_vnni": "-mavx512vnni",
     "avx_vnni": "-mavxvnni",
 }
-_TILE, _PANEL, _QUAD, _RAISED = 4, 64, 4, 128  # as kRows, kPanel, kWidth and kRaised of the kernels
+# As kVectors, Integers::kRaised and kRows of the kernels.
+_VECTORS, _RAISED, _TILE = 4, 64, 4
+_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of eight columns each four bits of a word hold: low halves of its bytes first
 _MOST_SIGNS = 4  # scales of a group of binary codes; shorter codes have scales of 0
-_BOOK, _BINARY, _POWER, _TWO_POWERS, _LIST = range(5)  # as Kind of the kernels
+_BINARY, _POWER, _TWO_POWERS, _LIST = range(4)  # as Kind of the kernels
 _GAIN = 1.05  # that a kernel must show, at the least favourable end of the interval
 _SECONDS = 0.3  # of measuring each arm
 
@@ -179,19 +184,39 @@ def _two_powers(levels: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
     return np.array(byte, np.uint8), np.stack([first, np.tile(second, 2)])
 
 
+def _check_groups(weights: Weights, of: int) -> None:
+    if weights.group < weights.codes.shape[1] and weights.group % of:
+        raise Unfit(f"groups of {weights.group} columns are not whole multiples of {of}")
+
+
+def _book(weights: Weights, lane_count: int, *, integers: bool) -> list[Lowered]:
+    """A book of up to 16 levels, with ``integers`` first for activations of 8 bits where its levels allow that."""
+    assert weights.levels is not None
+    _check_groups(weights, layouts.WORD)
+    held = layouts.words(weights.codes, lane_count, _VECTORS, _ORDER)
+
+    def made(op: str, scales: np.ndarray, levels: np.ndarray, said: str) -> Lowered:
+        scales = layouts.by_lane(scales.astype(np.float32), lane_count, _VECTORS)
+        return Lowered(op, {"words": held, "scales": scales, "levels": levels}, {}, said)
+
+    levels = _filled(weights.levels, 16)
+    found = [made("BookLayer", weights.scales, levels, "custom operator")]
+    if integers and (whole := layouts.whole(levels)) is not None:
+        raised = (whole[0].astype(np.int16) + _RAISED).astype(np.uint8)
+        found.insert(0, made("IntegerLayer", np.ldexp(weights.scales, whole[1]), raised, "custom operator, int8"))
+    return found
+
+
 def _coded(weights: Weights, lane_count: int) -> Lowered:
-    bits, columns = weights.bits, weights.codes.shape[1]
-    if not 1 <= bits <= (8 if weights.levels is not None else _MOST_SIGNS):
-        raise Unfit(f"codes of {bits} bits have no kernel")
-    if weights.group < columns and weights.group % lane_count:
-        raise Unfit(f"groups of {weights.group} columns are not whole vectors of {lane_count}")
+    """Binary codes, or a book of more than 16 levels."""
+    if not 1 <= weights.bits <= (8 if weights.levels is not None else _MOST_SIGNS):
+        raise Unfit(f"codes of {weights.bits} bits have no kernel")
+    _check_groups(weights, lane_count)
     codes, levels, kind = weights.codes, weights.levels, _BINARY
     scales = weights.scales[..., None]
     if levels is None:
         scales = _filled(np.moveaxis(weights.scales, 0, -1), 1, 1, _MOST_SIGNS)
         levels = np.where(np.arange(16)[None] >> np.arange(_MOST_SIGNS)[:, None] & 1, 1, -1)
-    elif bits <= 4:
-        kind, levels = _BOOK, _filled(levels, 16)
     elif (found := _powers(levels)) is not None:
         kind, codes, levels = _POWER, found[codes], np.zeros(1)
     elif (sums := _two_powers(levels)) is not None:
@@ -199,27 +224,11 @@ def _coded(weights: Weights, lane_count: int) -> Lowered:
     else:
         kind, levels = _LIST, _filled(levels, 256)
     constants = {
-        "words": words(codes, 8 if kind in (_BOOK, _BINARY) else 4, lane_count),
+        "words": words(codes, 8 if kind == _BINARY else 4, lane_count),
         "scales": _scales(scales),
         "levels": np.asarray(levels, np.float32),
     }
-    attributes = {"kind": kind, "group": min(weights.group, columns)}
-    return Lowered("CodedLayer", constants, attributes, "custom operator")
-
-
-def _integer(weights: Weights) -> Lowered:
-    found = weights.integers()
-    if found is None:
-        raise Unfit("the levels of a row are no whole numbers of 8 bits")
-    values, step = found
-    wide = _filled(values, _PANEL, _QUAD)
-    packed = wide.reshape(len(wide) // _PANEL, _PANEL, -1, _QUAD).transpose(0, 2, 1, 3)
-    constants = {
-        "packed": np.ascontiguousarray(packed),
-        "steps": _filled(step, _PANEL),
-        "corrections": (-_RAISED * wide.sum(1, dtype=np.int64)).astype(np.int32),
-    }
-    return Lowered("IntegerLayer", constants, {}, "custom operator, int8")
+    return Lowered("CodedLayer", constants, {"kind": kind}, "custom operator")
 
 
 def _constants(graph: Graph, node: gs.Node) -> list[np.ndarray]:
@@ -255,19 +264,14 @@ def ways(graph: Graph, node: gs.Node, device: str, *, integers: bool) -> list[Lo
     weights = read(node.op, _constants(graph, node), int(node.attrs["columns"]), int(node.attrs["group"]))
     rows, columns = weights.codes.shape
     stride = [int(s) for s in node.attrs.get("strides", (1, 1))]
-    layer = {"rows": rows, "columns": columns, "conv": int(conv), "stride_h": stride[0], "stride_w": stride[1]}
-    made, reasons = [], []
-    for attempt in ([lambda: _integer(weights)] if integers else []) + [lambda: _coded(weights, lanes(device))]:
-        try:
-            one = attempt()
-        except Unfit as error:
-            reasons.append(str(error))
-            continue
-        said = f"{weights.bits}-bit codes of {rows}x{columns}: {one.said}"
-        made.append(Lowered(one.op, one.constants, {**layer, **one.attributes}, said))
-    if not made:
-        raise Unfit("; ".join(reasons))
-    return made
+    layer = {"rows": rows, "columns": columns, "group": weights.group, "conv": int(conv)}
+    layer |= {"stride_h": stride[0], "stride_w": stride[1]}
+    if weights.levels is not None and weights.bits <= 4:
+        found = _book(weights, lanes(device), integers=integers)
+    else:
+        found = [_coded(weights, lanes(device))]
+    label = f"{weights.bits}-bit codes of {rows}x{columns}: "
+    return [replace(one, attributes={**layer, **one.attributes}, said=label + one.said) for one in found]
 
 
 def _angular(node: gs.Node, device: str) -> Lowered:

@@ -22,7 +22,7 @@ struct Context;
 struct Value;
 struct Shape;
 
-enum Type : int { kFloat = 1, kInt8 = 3, kInt32 = 6 };
+enum Type : int { kFloat = 1, kUint8 = 2, kInt32 = 6 };
 enum { kInvalidArgument = 2 };
 
 struct Api {

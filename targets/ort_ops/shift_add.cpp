@@ -4,9 +4,7 @@
 // LANES (16 or 8) floats make a vector. Everything is written with the compiler's vector extensions; what needs an
 // instruction of its own is guarded by the macro of its feature, with a portable form beside it.
 //
-// Columns (inputs) lie in the lanes: a word of 32 bits of each lane holds codes of columns that are LANES apart, so a
-// step of LANES columns is one shift, one look-up in a table of 16 levels that a register holds, and one
-// multiply-add for each token. Four rows (outputs) make a tile, so that what is read of the weights is one stream.
+// What is read of the weights is one stream, a tile of rows (outputs) after the other, asked for well ahead.
 
 #include "ort_api.h"
 
@@ -19,6 +17,8 @@
 
 #if defined(__AVX2__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef LANES
@@ -30,7 +30,6 @@ namespace {
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef std::int32_t Words __attribute__((vector_size(4 * LANES)));
 
-constexpr int kRows = 4;  // of a tile
 constexpr std::size_t kAhead = 32 << 10;  // bytes between what is read and what is asked for
 
 template <typename Vector>
@@ -57,7 +56,8 @@ inline Floats load(const float* from) { return get<Floats>(from); }
 
 inline void store(float* to, Floats values) { put(to, values); }
 
-inline Floats all(float value) { return Floats{} + value; }
+// Less zero is nothing to compute; plus zero would be, as it makes 0 of -0.
+inline Floats all(float value) { return value - Floats{}; }
 
 inline Floats as_floats(Words bits) {
   Floats values;
@@ -83,6 +83,18 @@ inline float sum(Floats values) {
 #endif
 }
 
+inline float largest(Floats values) {
+#if defined(__AVX512F__) && LANES == 16
+  return _mm512_reduce_max_ps((__m512)values);
+#else
+  float half[LANES];
+  std::memcpy(half, &values, sizeof values);
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) half[i] = std::max(half[i], half[i + n]);
+  return half[0];
+#endif
+}
+
 // 16 floats, any of which each lane may choose by the lowest four bits of its number.
 struct Table {
   static constexpr int kParts = 16 / LANES;
@@ -95,6 +107,14 @@ struct Table {
     const __m256 low = _mm256_permutevar8x32_ps((__m256)part[0], (__m256i)number);
     const __m256 high = _mm256_permutevar8x32_ps((__m256)part[1], (__m256i)number);
     return (Floats)_mm256_blendv_ps(low, high, _mm256_castsi256_ps((__m256i)(number << 28)));
+#elif defined(__aarch64__) && LANES == 8
+    const Words bytes = (number & 15) * 0x04040404 + 0x03020100;
+    uint8x16x4_t held;
+    uint8x16x2_t asked;
+    std::memcpy(&held, part, sizeof held);
+    std::memcpy(&asked, &bytes, sizeof asked);
+    for (uint8x16_t& one : asked.val) one = vqtbl4q_u8(held, one);
+    return get<Floats>(&asked);
 #else
     float held[16], found[LANES];
     std::memcpy(held, part, sizeof held);
@@ -104,23 +124,234 @@ struct Table {
   }
 };
 
-// -- weights ----------------------------------------------------------------------------------------------------------
+// Sums of each output for T tokens: with one, an addition would wait for the last. Registers of 16 lanes are 32, others
+// may be 16, which hold no more.
+template <int T>
+constexpr int kSums = T == 1 && LANES == 16 ? 2 : 1;
 
-enum Kind { kBook, kBinary, kPower, kTwoPowers, kList };
+// Vectors that lie in one line of the cache are loaded twice as fast as those that lie in two.
+struct alignas(64) Line {
+  float at[16];
+};
+
+struct Linear {
+  std::int64_t rows, columns, group;
+  std::int64_t groups() const { return (columns + group - 1) / group; }
+};
+
+// -- books of 16 levels -----------------------------------------------------------------------------------------------
+
+// Rows lie in the lanes: a word of 32 bits holds the codes of eight columns of one row, the low halves of its bytes
+// those of columns 0 to 3. Words lie as [rows / tile][columns / 8][tile], scales as [rows / tile][groups][tile].
+
+constexpr int kVectors = 4, kTile = kVectors * LANES;  // rows of a tile
+constexpr int kColumns = 8;                            // of a word
+constexpr int kTokens = LANES == 16 ? 4 : 2;           // whose sums of a tile registers hold
+
+// Look-ups of 16 lanes cost little next to what kTokens multiply. Of 8 lanes they cost as much, so that weights which
+// fit the second cache are unpacked for many tokens.
+constexpr int kTokensUnpacked = 3;  // as kTokens
+constexpr std::int64_t kMany = 2 * kTokensUnpacked;  // tokens at least
+constexpr std::size_t kUnpacked = 512 << 10;  // bytes at most
+
+// Levels and activations as they are.
+struct Numbers {
+  typedef float Given;
+  typedef Floats Sums;
+  static constexpr int kSteps = 8;
+  Table table;
+
+  explicit Numbers(const void* levels) { std::memcpy(table.part, levels, sizeof table.part); }
+  static Sums start(std::int32_t) { return Sums{}; }
+  static Floats end(Sums sums) { return sums; }
+  inline Floats at(Words word, int j) const { return table[word >> (4 * j)]; }
+  static inline Sums add(Sums total, Floats weight, const float* x, int j) {
+    return total + weight * all(x[j / 2 + j % 2 * 4]);
+  }
+};
+
+// Levels are whole numbers up to 64 in magnitude, raised by 64; activations are whole numbers up to 127 in magnitude.
+// Two products of such bytes do not exceed 2 * 128 * 127 < 2^15, so that no instruction saturates.
+struct Integers {
+  typedef std::int8_t Given;
+  typedef Words Sums;
+  static constexpr int kSteps = 2, kRaised = 64;
+  typedef std::uint8_t Bytes __attribute__((vector_size(16)));
+  Bytes levels;
+
+  explicit Integers(const void* from) : levels(get<Bytes>(from)) {}
+  static Sums start(std::int32_t sum) { return Sums{} - kRaised * sum; }
+  static Floats end(Sums sums) { return __builtin_convertvector(sums, Floats); }
+  inline Words at(Words word, int j) const {
+    const Words number = (word >> (4 * j)) & 0x0f0f0f0f;
+#if defined(__AVX512BW__) && LANES == 16
+    return (Words)_mm512_shuffle_epi8(_mm512_broadcast_i32x4((__m128i)levels), (__m512i)number);
+#elif defined(__AVX2__) && LANES == 8
+    return (Words)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256((__m128i)levels), (__m256i)number);
+#elif defined(__aarch64__) && LANES == 8
+    uint8x16x2_t asked;
+    std::memcpy(&asked, &number, sizeof asked);
+    for (uint8x16_t& one : asked.val) one = vqtbl1q_u8((uint8x16_t)levels, one);
+    return get<Words>(&asked);
+#else
+    std::uint8_t held[16], found[4 * LANES];
+    std::memcpy(held, &levels, sizeof held);
+    std::memcpy(found, &number, sizeof found);
+    for (std::uint8_t& one : found) one = held[one];
+    return get<Words>(found);
+#endif
+  }
+  static inline Sums add(Sums total, Words w, const std::int8_t* from, int j) {
+    const Words x = Words{} + get<std::int32_t>(from + 4 * j);
+#if defined(__AVX512VNNI__) && LANES == 16
+    return (Words)_mm512_dpbusd_epi32((__m512i)total, (__m512i)w, (__m512i)x);
+#elif defined(__AVX512BW__) && LANES == 16
+    const __m512i pairs = _mm512_maddubs_epi16((__m512i)w, (__m512i)x);
+    return total + (Words)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+#elif defined(__AVXVNNI__) && LANES == 8
+    return (Words)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)w, (__m256i)x);
+#elif defined(__AVX2__) && LANES == 8
+    const __m256i pairs = _mm256_maddubs_epi16((__m256i)w, (__m256i)x);
+    return total + (Words)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+#else
+    for (int byte = 0; byte < 4; ++byte) total += ((w >> (8 * byte)) & 255) * ((x << (24 - 8 * byte)) >> 24);
+    return total;
+#endif
+  }
+};
+
+// Activations, [tokens, width], filled with zeros to whole words; where they are integers, also the sums of each group
+// and the step of each token.
+template <typename Kind>
+struct Given {
+  const typename Kind::Given* x;
+  std::int64_t width;
+  const std::int32_t* sums;
+  const float* steps;
+};
+
+// Writes a tile's words as the weights that `Kind::add` takes, a vector for each step: what many tokens share.
+template <typename Kind>
+void unpack(const std::int32_t* words, const void* levels, std::int64_t width, std::int32_t* out) {
+  const Kind kind(levels);
+  for (std::int64_t column = 0; column < width; column += kColumns, words += kTile)
+    each<Kind::kSteps>([&](auto j) {
+      each<kVectors>([&](auto v) { put(out + v * LANES, kind.at(get<Words>(words + v * LANES), j)); });
+      out += kTile;
+    });
+}
+
+// The outputs of one tile for T tokens from `token` on. `words` may be `unpacked`.
+template <typename Kind, int T, bool unpacked = false>
+void outputs(const Linear& layer, const Given<Kind>& given, std::int64_t token, const std::int32_t* words,
+             const float* scales, const void* levels, std::int64_t there, float* y) {
+  const Kind kind(levels);
+  const std::int64_t groups = layer.groups();
+  float rest[T * kTile];
+  float* const out = there == kTile ? y + token * layer.rows : rest;
+  const std::int64_t stride = there == kTile ? layer.rows : kTile;
+  for (std::int64_t group = 0, first = 0; group < groups; ++group) {
+    typename Kind::Sums part[T][kVectors][kSums<T>] = {};
+    each<T>([&](auto t) {
+      const auto start = Kind::start(given.sums ? given.sums[(token + t) * groups + group] : 0);
+      each<kVectors>([&](auto v) { part[t][v][0] = start; });
+    });
+    for (const std::int64_t end = std::min(first + layer.group, given.width); first < end; first += kColumns) {
+      const auto* x = given.x + token * given.width + first;
+      Words word[kVectors];
+      if (!unpacked)
+        each<kVectors>([&](auto v) {
+          __builtin_prefetch((const char*)words + kAhead);
+          word[v] = get<Words>(words);
+          words += LANES;
+        });
+      each<Kind::kSteps>([&](auto j) {
+        each<kVectors>([&](auto v) {
+          typename Kind::Sums weight;
+          if constexpr (unpacked)
+            weight = get<typename Kind::Sums>(words + v * LANES);
+          else
+            weight = kind.at(word[v], j);
+          each<T>([&](auto t) {
+            part[t][v][j % kSums<T>] = Kind::add(part[t][v][j % kSums<T>], weight, x + t * given.width, j);
+          });
+        });
+        if (unpacked) words += kTile;
+      });
+    }
+    each<kVectors>([&](auto v) {
+      const Floats scale = load(scales + (group * kVectors + v) * LANES);
+      each<T>([&](auto t) {
+        auto whole = part[t][v][0];
+        if (kSums<T> > 1) whole += part[t][v][kSums<T> - 1];
+        const Floats here = Kind::end(whole) * (given.steps ? scale * all(given.steps[token + t]) : scale);
+        float* const to = out + t * stride + v * LANES;
+        store(to, group ? load(to) + here : here);
+      });
+    });
+  }
+  if (out == rest)
+    for (int t = 0; t < T; ++t)
+      std::memcpy(y + (token + t) * layer.rows, rest + t * kTile, there * sizeof(float));
+}
+
+// Whole numbers of one token, and their sums over the groups; returns the step.
+float quantise(const Linear& layer, const float* x, std::int8_t* out, std::int64_t width, std::int32_t* sums) {
+  typedef std::int8_t Bytes __attribute__((vector_size(LANES)));
+  Words most = {};  // bits of magnitudes, which have the order of these
+  std::int64_t i = 0;
+  for (; i + LANES <= layer.columns; i += LANES) {
+    const Words size = as_words(load(x + i)) & 0x7fffffff;
+    most = size > most ? size : most;
+  }
+  float top = largest(as_floats(most));
+  for (; i < layer.columns; ++i) top = std::max(top, std::fabs(x[i]));
+  const float factor = top > 0 ? 127.0f / top : 0.0f;
+  // Adding 1.5 * 2^23 rounds to whole numbers, half to even, and leaves them in the lowest bits.
+  constexpr float kMagic = 12582912.0f;
+  constexpr std::int32_t kMagicBits = 0x4b400000;
+  for (i = 0; i < layer.columns;) {
+    const std::int64_t end = std::min(i + layer.group, layer.columns);
+    Words total = {};
+    for (; i + LANES <= end; i += LANES) {
+      const Words number = as_words(load(x + i) * all(factor) + all(kMagic)) - kMagicBits;
+      put(out + i, __builtin_convertvector(number, Bytes));
+      total += number;
+    }
+    *sums = (std::int32_t)sum(__builtin_convertvector(total, Floats));
+    for (; i < end; ++i) {
+      const float shifted = x[i] * factor + kMagic;
+      std::int32_t bits;
+      std::memcpy(&bits, &shifted, sizeof bits);
+      out[i] = (std::int8_t)(bits - kMagicBits);
+      *sums += out[i];
+    }
+    ++sums;
+  }
+  std::fill(out + layer.columns, out + width, std::int8_t(0));
+  return top / 127.0f;
+}
+
+// -- other codes ------------------------------------------------------------------------------------------------------
+
+// Columns lie in the lanes: a word of 32 bits of each lane holds codes of columns that are LANES apart, so a step of
+// LANES columns is one shift, what makes weights of codes, and one multiply-add for each token. Four rows make a tile.
+constexpr int kRows = 4;
+
+enum Kind { kBinary, kPower, kTwoPowers, kList };
 
 // What codes stand for. `set` takes the scales of one row in one group; `at` gives the weights of step j of a word.
 //
-// Codes of four bits, eight to a word. Levels of a group: those of the book times one scale, or sums of four scales.
-template <int scale_count>
-struct Nibbles {
-  static constexpr int kSteps = 8, kScales = scale_count;
+// Binary codes of four bits, eight to a word: the levels of a group are sums of four scales.
+struct Binary {
+  static constexpr int kSteps = 8, kScales = 4;
   Table table;
 
   inline void set(const float* scales, const float* levels) {
-    for (int i = 0; i < Table::kParts; ++i) {
-      table.part[i] = load(levels + i * LANES) * all(scales[0]);
-      for (int s = 1; s < kScales; ++s) table.part[i] += load(levels + s * 16 + i * LANES) * all(scales[s]);
-    }
+    each<Table::kParts>([&](auto i) {
+      table.part[i] = Floats{};
+      each<kScales>([&](auto s) { table.part[i] += load(levels + s * 16 + i * LANES) * all(scales[s]); });
+    });
   }
   inline Floats at(Words word, int j, const float*) const { return table[word >> (4 * j)]; }
 };
@@ -146,10 +377,10 @@ struct TwoPowers {
   Table first, second;
 
   inline void set(const float* scales, const float* levels) {
-    for (int i = 0; i < Table::kParts; ++i) {
+    each<Table::kParts>([&](auto i) {
       first.part[i] = load(levels + i * LANES) * all(scales[0]);
       second.part[i] = load(levels + 16 + i * LANES) * all(scales[0]);
-    }
+    });
   }
   inline Floats at(Words word, int j, const float*) const {
     const Words sign = (word << (24 - 8 * j)) & (std::int32_t)0x80000000;
@@ -171,50 +402,49 @@ struct List {
   }
 };
 
-struct Linear {
-  std::int64_t rows, columns, group;
-  std::int64_t groups() const { return (columns + group - 1) / group; }
-};
-
 // The outputs of one tile of rows for T tokens. `x` is filled with zeros to whole words.
 template <typename Codes, int T, bool whole_words>
 void tile(const Linear& layer, const float* x, std::int64_t width, const std::int32_t* words, const float* scales,
           const float* levels, std::int64_t first_row, float* y) {
   constexpr int kSpan = Codes::kSteps * LANES;
-  const std::int64_t words_wide = width / kSpan, groups = layer.groups();
-  const std::int64_t per = std::max<std::int64_t>(layer.group / (whole_words ? kSpan : LANES), 1);
-  constexpr int kSums = T == 1 ? 2 : 1;  // one sum of each row would wait for its last multiply-add
   Codes codes[kRows];
-  Floats total[kRows][T][kSums] = {};
-  std::int64_t left = 0, group = 0;
+  Floats total[kRows][T][kSums<T>] = {};
 
   auto next_group = [&] {
-    const std::int64_t g = std::min(group++, groups - 1);
-    for (int r = 0; r < kRows; ++r) codes[r].set(scales + (g * kRows + r) * Codes::kScales, levels);
-    left = per;
+    each<kRows>([&](auto r) { codes[r].set(scales + r * Codes::kScales, levels); });
+    scales += kRows * Codes::kScales;
   };
-
-  for (std::int64_t b = 0; b < words_wide; ++b) {
-    if (whole_words && left-- == 0) next_group(), --left;
+  auto span = [&](std::int64_t first) __attribute__((always_inline)) {
     Words word[kRows];
-    for (int r = 0; r < kRows; ++r) {
-      const std::int32_t* from = words + (b * kRows + r) * LANES;
-      __builtin_prefetch((const char*)from + kAhead);
-      word[r] = get<Words>(from);
-    }
-    each<Codes::kSteps>([&](auto j) {
-      if (!whole_words && left-- == 0) next_group(), --left;
-      Floats given[T];
-      for (int t = 0; t < T; ++t) given[t] = load(x + t * width + b * kSpan + j * LANES);
-      for (int r = 0; r < kRows; ++r) {
-        const Floats weight = codes[r].at(word[r], j, levels);
-        for (int t = 0; t < T; ++t) total[r][t][j % kSums] += weight * given[t];
-      }
+    each<kRows>([&](auto r) {
+      __builtin_prefetch((const char*)words + kAhead);
+      word[r] = get<Words>(words);
+      words += LANES;
     });
+    each<Codes::kSteps>([&](auto j) {
+      const std::int64_t column = first + j * LANES;
+      if (!whole_words && column % layer.group == 0 && column < layer.columns) next_group();
+      Floats given[T];
+      each<T>([&](auto t) { given[t] = load(x + t * width + column); });
+      each<kRows>([&](auto r) {
+        const Floats weight = codes[r].at(word[r], j, levels);
+        each<T>([&](auto t) { total[r][t][j % kSums<T>] += weight * given[t]; });
+      });
+    });
+  };
+  for (std::int64_t first = 0; first < width;) {
+    const std::int64_t end = whole_words ? std::min(first + layer.group, width) : width;
+    if (whole_words) next_group();
+    for (; first < end; first += kSpan) span(first);
   }
-  const int there = (int)std::min<std::int64_t>(kRows, layer.rows - first_row);
-  for (int t = 0; t < T; ++t)
-    for (int r = 0; r < there; ++r) y[t * layer.rows + first_row + r] = sum(kSums > 1 ? total[r][t][0] + total[r][t][kSums - 1] : total[r][t][0]);
+  each<kRows>([&](auto r) {
+    if (first_row + r >= layer.rows) return;
+    each<T>([&](auto t) {
+      Floats whole = total[r][t][0];
+      if (kSums<T> > 1) whole += total[r][t][kSums<T> - 1];
+      y[t * layer.rows + first_row + r] = sum(whole);
+    });
+  });
 }
 
 template <typename Codes, bool whole_words>
@@ -231,6 +461,7 @@ void rows(const Linear& layer, std::int64_t tokens, const float* x, std::int64_t
                                         y + t * layer.rows);
   };
   chunk(std::integral_constant<int, 4>());
+  chunk(std::integral_constant<int, 2>());
   chunk(std::integral_constant<int, 1>());
 }
 
@@ -240,104 +471,12 @@ using Rows = void (*)(const Linear&, std::int64_t, const float*, std::int64_t, c
 template <bool whole_words>
 Rows rows_of(std::int64_t kind) {
   switch (kind) {
-    case kBook: return rows<Nibbles<1>, whole_words>;
-    case kBinary: return rows<Nibbles<4>, whole_words>;
+    case kBinary: return rows<Binary, whole_words>;
     case kPower: return rows<Power, whole_words>;
     case kTwoPowers: return rows<TwoPowers, whole_words>;
     case kList: return rows<List, whole_words>;
     default: return nullptr;
   }
-}
-
-// -- integers ---------------------------------------------------------------------------------------------------------
-
-// Weights are whole numbers, activations are rounded to whole numbers from -127 to 127, token by token, and raised by
-// 128, as VPDPBUSD wants one operand without sign; what that adds to a sum is known when the weights are packed.
-// Weights lie as [rows / 64][columns / 4][64][4]: the lanes of a vector are outputs, four inputs each.
-
-constexpr int kPanel = 64;   // outputs of a panel
-constexpr int kWidth = 4;    // inputs that one instruction takes
-constexpr int kRaised = 128;
-
-#if defined(__AVX512VNNI__)
-constexpr int kSums = 16, kTokens = 6;
-#else
-constexpr int kSums = 8, kTokens = 1;
-#endif
-typedef std::int32_t Sums __attribute__((vector_size(4 * kSums)));
-
-// Adds to each sum the products of four bytes without sign and four with one. Exact: no step of it saturates.
-inline Sums dot(Sums total, Sums x, Sums w) {
-#if defined(__AVX512VNNI__)
-  return (Sums)_mm512_dpbusd_epi32((__m512i)total, (__m512i)x, (__m512i)w);
-#elif defined(__AVXVNNI__)
-  return (Sums)_mm256_dpbusd_avx_epi32((__m256i)total, (__m256i)x, (__m256i)w);
-#elif defined(__AVX2__)
-  // By pairs of 16 bits, of even and of odd bytes; VPMADDUBSW would saturate.
-  const __m256i even = _mm256_madd_epi16((__m256i)(x & 0x00ff00ff), _mm256_srai_epi16((__m256i)(w << 8), 8));
-  const __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16((__m256i)x, 8), _mm256_srai_epi16((__m256i)w, 8));
-  return total + (Sums)even + (Sums)odd;
-#else
-  for (int byte = 0; byte < 4; ++byte) total += ((x >> (8 * byte)) & 255) * ((w << (24 - 8 * byte)) >> 24);
-  return total;
-#endif
-}
-
-// Sums of T tokens and one panel. `x`: uint8 [T, width], `w`: int8 [width / 4, 64, 4]; `there` outputs are wanted.
-template <int T>
-void panel(const std::uint8_t* x, std::int64_t width, const std::int8_t* w, const std::int32_t* correction,
-           const float* scale, const float* step, std::int64_t there, float* y, std::int64_t stride) {
-  constexpr int kVectors = kPanel / kSums;
-  typedef float Results __attribute__((vector_size(sizeof(Sums))));
-  Sums total[T][kVectors];
-  each<T>([&](auto t) {
-    each<kVectors>([&](auto v) { total[t][v] = get<Sums>(correction + v * kSums); });
-  });
-  for (std::int64_t k = 0; k < width / kWidth; ++k) {
-    Sums weight[kVectors];
-    each<kVectors>([&](auto v) { weight[v] = get<Sums>(w + (k * kPanel + v * kSums) * kWidth); });
-    each<T>([&](auto t) {
-      const Sums given = Sums{} + get<std::int32_t>(x + t * width + k * kWidth);
-      each<kVectors>([&](auto v) { total[t][v] = dot(total[t][v], given, weight[v]); });
-    });
-  }
-  std::int32_t sums[T][kPanel];
-  each<T>([&](auto t) {
-    each<kVectors>([&](auto v) { put(sums[t] + v * kSums, total[t][v]); });
-  });
-  for (int t = 0; t < T; ++t) {
-    float result[kPanel];
-    for (int v = 0; v < kVectors; ++v) {
-      const Results one = __builtin_convertvector(get<Sums>(sums[t] + v * kSums), Results);
-      put(result + v * kSums, one * get<Results>(scale + v * kSums) * step[t]);
-    }
-    std::memcpy(y + t * stride, result, there * sizeof(float));
-  }
-}
-
-// Whole numbers of one token, raised; returns the step.
-float quantise(const float* x, std::int64_t columns, std::uint8_t* out, std::int64_t width) {
-  Floats most = {};
-  std::int64_t i = 0;
-  for (; i + LANES <= columns; i += LANES) {
-    const Floats size = as_floats(as_words(load(x + i)) & 0x7fffffff);
-    most = size > most ? size : most;
-  }
-  float lanes[LANES], top = 0;
-  store(lanes, most);
-  for (float one : lanes) top = std::max(top, one);
-  for (; i < columns; ++i) top = std::max(top, std::fabs(x[i]));
-  const float factor = top > 0 ? 127.0f / top : 0.0f;
-  // Adding 1.5 * 2^23 rounds to whole numbers, half to even, and leaves them in the lowest bits.
-  constexpr float kMagic = 12582912.0f;
-  for (i = 0; i < columns; ++i) {
-    const float shifted = x[i] * factor + kMagic;
-    std::int32_t bits;
-    std::memcpy(&bits, &shifted, sizeof bits);
-    out[i] = (std::uint8_t)(bits + kRaised);
-  }
-  std::memset(out + columns, kRaised, width - columns);
-  return top / 127.0f;
 }
 
 // -- attention --------------------------------------------------------------------------------------------------------
@@ -349,11 +488,6 @@ float quantise(const float* x, std::int64_t columns, std::uint8_t* out, std::int
 
 constexpr int kQuad = 4, kSubsets = 16;
 constexpr std::int64_t kTable = 32 << 10;  // bytes of sums that are held
-
-// Vectors that lie in one line of the cache are loaded twice as fast as those that lie in two.
-struct alignas(64) Line {
-  float at[16];
-};
 
 // The sums of four rows, `stride` floats after each other.
 template <int V>
@@ -551,7 +685,16 @@ struct Kernel {
   }
 };
 
-// What all layers do about their activations: tokens along the last axis, or the pixels of an image.
+// Activations of a layer, a row of floats for each token, and where its results go.
+struct Frame {
+  Extents in, out;
+  std::int64_t tokens;
+  bool pixels;  // of an image of more than one: gathered before, scattered after
+  const float* x;
+  float *target, *y;
+};
+
+// What all layers do: tokens lie along the last axis, or are the pixels of an image.
 struct Layer : Kernel {
   Linear linear;
   std::int64_t conv, stride_h, stride_w;
@@ -559,46 +702,136 @@ struct Layer : Kernel {
   ort::Status* read_attributes(const ort::Info* info) {
     TRY(api->attribute(info, "rows", &linear.rows));
     TRY(api->attribute(info, "columns", &linear.columns));
+    TRY(api->attribute(info, "group", &linear.group));
     TRY(api->attribute(info, "conv", &conv));
     TRY(api->attribute(info, "stride_h", &stride_h));
     TRY(api->attribute(info, "stride_w", &stride_w));
-    if (linear.rows < 1 || linear.columns < 1 || stride_h < 1 || stride_w < 1)
+    if (linear.rows < 1 || linear.columns < 1 || linear.group < 1 || stride_h < 1 || stride_w < 1)
       return api->fail("a layer of coded weights has an attribute below 1");
     return nullptr;
   }
 
-  // The shape of the result, and how many tokens there are.
-  ort::Status* plan(const Extents& in, Extents* out, std::int64_t* tokens) const {
-    if (in.rank < (conv ? 4u : 1u) || (conv && in.rank != 4) || in.at[conv ? 1 : in.rank - 1] != linear.columns)
-      return api->fail("the input does not have as many columns as the coded weights");
-    *out = in;
-    if (conv) {
-      out->at[1] = linear.rows;
-      out->at[2] = (in.at[2] + stride_h - 1) / stride_h;
-      out->at[3] = (in.at[3] + stride_w - 1) / stride_w;
-      *tokens = out->at[0] * out->at[2] * out->at[3];
-      return nullptr;
-    }
-    out->at[in.rank - 1] = linear.rows;
-    *tokens = 1;
-    for (std::size_t i = 0; i + 1 < in.rank; ++i) *tokens *= in.at[i];
+  // Groups are of whole `unit`s of columns, or there is one, which is then filled to whole `word`s.
+  ort::Status* fill_group(std::int64_t unit, std::int64_t word) {
+    if (linear.group >= linear.columns)
+      linear.group = filled(linear.columns, word);
+    else if (linear.group % unit)
+      return api->fail("groups of coded weights must be whole vectors");
     return nullptr;
   }
 
-  // A token's columns: those of pixel (h, w) of image n, gathered.
-  void gather(const float* x, const Extents& in, const Extents& out, std::int64_t token, float* to) const {
+  static std::int64_t filled(std::int64_t size, std::int64_t of) { return (size + of - 1) / of * of; }
+
+  // Finds the activations as `width` floats for each token, zeros after the columns.
+  ort::Status* open(ort::Context* context, std::int64_t width, Frame* frame) const {
+    static thread_local std::vector<float> wide, result;
+    Extents &in = frame->in, &out = frame->out;
+    TRY(read(context, 0, (const void**)&frame->x, &in));
+    if (in.rank < (conv ? 4u : 1u) || (conv && in.rank != 4) || in.at[conv ? 1 : in.rank - 1] != linear.columns)
+      return api->fail("the input does not have as many columns as the coded weights");
+    out = in;
+    frame->tokens = 1;
+    if (conv) {
+      out.at[1] = linear.rows;
+      out.at[2] = (in.at[2] + stride_h - 1) / stride_h;
+      out.at[3] = (in.at[3] + stride_w - 1) / stride_w;
+      frame->tokens = out.at[0] * out.at[2] * out.at[3];
+    } else {
+      out.at[in.rank - 1] = linear.rows;
+      for (std::size_t i = 0; i + 1 < in.rank; ++i) frame->tokens *= in.at[i];
+    }
+    TRY(write(context, out, &frame->y));
+    frame->pixels = conv && in.at[2] * in.at[3] != 1;
+    if (frame->pixels) result.resize(frame->tokens * linear.rows);
+    frame->target = frame->pixels ? result.data() : frame->y;
+    if (!frame->pixels && width == linear.columns) return nullptr;
+    wide.resize(frame->tokens * width);
+    for (std::int64_t t = 0; t < frame->tokens; ++t) {
+      float* to = wide.data() + t * width;
+      if (frame->pixels)
+        gather(*frame, t, to);
+      else
+        std::memcpy(to, frame->x + t * linear.columns, linear.columns * sizeof(float));
+      std::fill(to + linear.columns, to + width, 0.0f);
+    }
+    frame->x = wide.data();
+    return nullptr;
+  }
+
+  // A token's columns: those of pixel (h, w) of image n.
+  void gather(const Frame& frame, std::int64_t token, float* to) const {
+    const Extents &in = frame.in, &out = frame.out;
     const std::int64_t w = token % out.at[3], h = token / out.at[3] % out.at[2], n = token / out.at[3] / out.at[2];
     const std::int64_t area = in.at[2] * in.at[3];
-    const float* from = x + n * linear.columns * area + h * stride_h * in.at[3] + w * stride_w;
+    const float* from = frame.x + n * linear.columns * area + h * stride_h * in.at[3] + w * stride_w;
     for (std::int64_t c = 0; c < linear.columns; ++c) to[c] = from[c * area];
   }
 
-  // Results of all pixels, [tokens, rows], into an image.
-  void scatter(const float* from, const Extents& out, std::int64_t row, float* y) const {
-    const std::int64_t area = out.at[2] * out.at[3];
-    for (std::int64_t n = 0; n < out.at[0]; ++n)
-      for (std::int64_t p = 0; p < area; ++p)
-        y[(n * linear.rows + row) * area + p] = from[(n * area + p) * linear.rows + row];
+  // Makes images of the results, [tokens, rows].
+  ort::Status* close(ort::Context* context, const Frame& frame) const {
+    if (!frame.pixels) return nullptr;
+    return share(context, linear.rows, [&, this](std::int64_t row) {
+      const std::int64_t area = frame.out.at[2] * frame.out.at[3];
+      for (std::int64_t n = 0; n < frame.out.at[0]; ++n)
+        for (std::int64_t p = 0; p < area; ++p)
+          frame.y[(n * linear.rows + row) * area + p] = frame.target[(n * area + p) * linear.rows + row];
+    });
+  }
+};
+
+template <typename Kind>
+struct BookKernel : Layer {
+  ort::Status* create(const ort::Info* info) {
+    TRY(read_attributes(info));
+    return fill_group(kColumns, kColumns);
+  }
+
+  ort::Status* compute(ort::Context* context) const {
+    constexpr bool kIntegers = std::is_same_v<Kind, Integers>;
+    static thread_local std::vector<std::int8_t> numbers;
+    static thread_local std::vector<std::int32_t> sums;
+    static thread_local std::vector<float> steps;
+    const void *words, *scales, *levels;
+    TRY(read(context, 1, &words));
+    TRY(read(context, 2, &scales));
+    TRY(read(context, 3, &levels));
+    const std::int64_t width = filled(linear.columns, kColumns), groups = linear.groups();
+    Frame frame;
+    TRY(open(context, kIntegers ? linear.columns : width, &frame));
+    Given<Kind> given;
+    if constexpr (kIntegers) {
+      numbers.resize(frame.tokens * width), sums.resize(frame.tokens * groups), steps.resize(frame.tokens);
+      for (std::int64_t t = 0; t < frame.tokens; ++t)
+        steps[t] = quantise(linear, frame.x + t * linear.columns, &numbers[t * width], width, &sums[t * groups]);
+      given = {numbers.data(), width, sums.data(), steps.data()};
+    } else {
+      given = {frame.x, width, nullptr, nullptr};
+    }
+    TRY(share(context, filled(linear.rows, kTile) / kTile, [&, this](std::int64_t number) {
+      const std::int32_t* from = (const std::int32_t*)words + number * kTile * (width / kColumns);
+      const float* scale = (const float*)scales + number * kTile * groups;
+      const std::int64_t first = number * kTile, there = std::min<std::int64_t>(kTile, linear.rows - first);
+      std::int64_t t = 0;
+      auto chunks = [&](auto most, auto unpacked) {
+        each<most>([&](auto less) {
+          constexpr int kSize = most - less;
+          for (; t + kSize <= frame.tokens; t += kSize)
+            outputs<Kind, kSize, unpacked>(linear, given, t, from, scale, levels, there, frame.target + first);
+        });
+      };
+      if constexpr (LANES == 8) {
+        static thread_local std::vector<Line> weights;
+        const std::size_t bytes = width / kColumns * Kind::kSteps * kTile * sizeof(float);
+        if (frame.tokens >= kMany && bytes <= kUnpacked) {
+          weights.resize(bytes / sizeof(Line));
+          unpack<Kind>(from, levels, width, (std::int32_t*)weights.data());
+          from = (const std::int32_t*)weights.data();
+          return chunks(std::integral_constant<int, kTokensUnpacked>(), std::true_type());
+        }
+      }
+      chunks(std::integral_constant<int, kTokens>(), std::false_type());
+    }));
+    return close(context, frame);
   }
 };
 
@@ -608,98 +841,26 @@ struct CodedKernel : Layer {
 
   ort::Status* create(const ort::Info* info) {
     TRY(read_attributes(info));
-    TRY(api->attribute(info, "group", &linear.group));
     TRY(api->attribute(info, "kind", &kind));
-    span = (kind == kBook || kind == kBinary ? 8 : 4) * LANES;
-    const bool one = linear.group >= linear.columns;
-    if (linear.group < 1 || (!one && linear.group % LANES))
-      return api->fail("groups of coded weights must be whole vectors");
-    if (one) linear.group = (linear.columns + span - 1) / span * span;
+    span = (kind == kBinary ? 8 : 4) * LANES;
+    TRY(fill_group(LANES, span));
     run = linear.group % span ? rows_of<false>(kind) : rows_of<true>(kind);
     return run ? nullptr : api->fail("there is no such kind of coded weights");
   }
 
   ort::Status* compute(ort::Context* context) const {
-    const void *x, *words, *scales, *levels;
-    Extents in, out;
-    std::int64_t tokens;
-    float* y;
-    TRY(read(context, 0, &x, &in));
+    const void *words, *scales, *levels;
     TRY(read(context, 1, &words));
     TRY(read(context, 2, &scales));
     TRY(read(context, 3, &levels));
-    TRY(plan(in, &out, &tokens));
-    TRY(write(context, out, &y));
-    static thread_local std::vector<float> filled, result;
-    const std::int64_t columns = linear.columns, width = (columns + span - 1) / span * span;
-    const float* given = (const float*)x;
-    const bool pixels = conv && in.at[2] * in.at[3] != 1;
-    if (pixels || width != columns) {
-      filled.resize(tokens * width);
-      float* to = filled.data();
-      for (std::int64_t t = 0; t < tokens; ++t) {
-        if (pixels)
-          gather((const float*)x, in, out, t, to + t * width);
-        else
-          std::memcpy(to + t * width, given + t * columns, columns * sizeof(float));
-        std::fill(to + t * width + columns, to + (t + 1) * width, 0.0f);
-      }
-      given = to;
-    }
-    if (pixels) result.resize(tokens * linear.rows);
-    float* target = pixels ? result.data() : y;
-    TRY(share(context, (linear.rows + kRows - 1) / kRows, [=, this](std::int64_t number) {
-      run(linear, tokens, given, width, (const std::int32_t*)words, (const float*)scales, (const float*)levels, number,
-          target);
+    const std::int64_t width = filled(linear.columns, span);
+    Frame frame;
+    TRY(open(context, width, &frame));
+    TRY(share(context, filled(linear.rows, kRows) / kRows, [&, this](std::int64_t number) {
+      run(linear, frame.tokens, frame.x, width, (const std::int32_t*)words, (const float*)scales, (const float*)levels,
+          number, frame.target);
     }));
-    if (!pixels) return nullptr;
-    return share(context, linear.rows, [=, this](std::int64_t row) { scatter(target, out, row, y); });
-  }
-};
-
-struct IntegerKernel : Layer {
-  ort::Status* create(const ort::Info* info) { return read_attributes(info); }
-
-  ort::Status* compute(ort::Context* context) const {
-    const void *x, *packed, *scales, *corrections;
-    Extents in, out;
-    std::int64_t tokens;
-    float* y;
-    TRY(read(context, 0, &x, &in));
-    TRY(read(context, 1, &packed));
-    TRY(read(context, 2, &scales));
-    TRY(read(context, 3, &corrections));
-    TRY(plan(in, &out, &tokens));
-    TRY(write(context, out, &y));
-    static thread_local std::vector<std::uint8_t> numbers;
-    static thread_local std::vector<float> steps, one, result;
-    const std::int64_t columns = linear.columns, n = linear.rows, width = (columns + kWidth - 1) / kWidth * kWidth;
-    const bool pixels = conv && in.at[2] * in.at[3] != 1;
-    numbers.resize(tokens * width), steps.resize(tokens), one.resize(columns);
-    for (std::int64_t t = 0; t < tokens; ++t) {
-      const float* token = (const float*)x + t * columns;
-      if (pixels) gather((const float*)x, in, out, t, one.data()), token = one.data();
-      steps[t] = quantise(token, columns, numbers.data() + t * width, width);
-    }
-    if (pixels) result.resize(tokens * n);
-    float* target = pixels ? result.data() : y;
-    const std::uint8_t* given = numbers.data();
-    const float* step = steps.data();
-    TRY(share(context, (n + kPanel - 1) / kPanel, [=](std::int64_t number) {
-      const std::int8_t* weight = (const std::int8_t*)packed + number * kPanel * width;
-      const float* scale = (const float*)scales + number * kPanel;
-      const std::int32_t* correction = (const std::int32_t*)corrections + number * kPanel;
-      const std::int64_t there = std::min<std::int64_t>(kPanel, n - number * kPanel);
-      std::int64_t t = 0;
-      for (; t + kTokens <= tokens; t += kTokens)
-        panel<kTokens>(given + t * width, width, weight, correction, scale, step + t, there,
-                       target + t * n + number * kPanel, n);
-      for (; t < tokens; ++t)
-        panel<1>(given + t * width, width, weight, correction, scale, step + t, there, target + t * n + number * kPanel,
-                 n);
-    }));
-    if (!pixels) return nullptr;
-    return share(context, n, [=, this](std::int64_t row) { scatter(target, out, row, y); });
+    return close(context, frame);
   }
 };
 
@@ -769,15 +930,18 @@ struct Registered : ort::Operator {
 extern "C" __attribute__((visibility("default"))) ort::Status* RegisterCustomOps(ort::Options* options,
                                                                                  const ort::ApiBase* base) {
   static const ort::Api* api = base->get(ort::kVersion);
+  static Registered<BookKernel<Numbers>> book("BookLayer", {ort::kFloat, ort::kInt32, ort::kFloat, ort::kFloat});
+  static Registered<BookKernel<Integers>> integer("IntegerLayer",
+                                                  {ort::kFloat, ort::kInt32, ort::kFloat, ort::kUint8});
   static Registered<CodedKernel> coded("CodedLayer", {ort::kFloat, ort::kInt32, ort::kFloat, ort::kFloat});
-  static Registered<IntegerKernel> integer("IntegerLayer", {ort::kFloat, ort::kInt8, ort::kFloat, ort::kInt32});
   static Registered<AngularKernel> attention("AngularAttention",
                                              {ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat, ort::kFloat});
   static ort::Domain* domain = nullptr;  // lives as long as sessions may
   if (!domain) {
     TRY(api->create_domain("ai.edgecompile.ort", &domain));
-    TRY(api->add_operator(domain, &coded));
+    TRY(api->add_operator(domain, &book));
     TRY(api->add_operator(domain, &integer));
+    TRY(api->add_operator(domain, &coded));
     TRY(api->add_operator(domain, &attention));
   }
   return api->add_domain(options, domain);

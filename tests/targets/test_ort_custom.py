@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import subprocess
 from dataclasses import replace
 from fnmatch import fnmatch
 from pathlib import Path
@@ -88,11 +89,13 @@ LAYERS = [
     ("pot", 3, [2, 3, 300], 5, 32),
     ("pot", 4, [300], 64, 128),
     ("sp2", 4, [7, 257], 33, 48),
+    ("sp2", 4, [3, 72], 129, 8),
     ("pot", 8, [5, 300], 37, 16),
     ("sp2", 8, [4, 129], 3, 0),
     ("binary", 2, [1, 40], 1, 0),
     ("binary", 3, [9, 300], 18, 256),
     ("binary", 4, [2, 2, 2, 300], 37, 64),
+    ("binary", 4, [6, 200], 9, 48),
 ]
 
 
@@ -104,7 +107,8 @@ def test_a_layer_is_that_of_its_function_body(kind, bits, shape, rows, group, tm
     feeds = oracle.random_feeds(graph.signature().inputs, 1)
     wanted = oracle.run(graph, feeds)["y"]
     close(engine.run(feeds)["y"], wanted)
-    assert ops_of(tmp_path) == {"CodedLayer"} and "custom operator" in notes[0]
+    assert ops_of(tmp_path) == {"CodedLayer" if bits == 8 or kind == "binary" else "BookLayer"}
+    assert "custom operator" in notes[0]
     assert engine.manifest.files == (ort_session.ENGINE, ort_session.OPS)
     other = {"x": feeds["x"] * np.linspace(0, 1, shape[-1], dtype=np.float32)}  # the comparison can tell
     with pytest.raises(AssertionError):
@@ -147,12 +151,12 @@ def test_a_bias_other_nodes_and_several_layers_stay_as_they_are(tmp_path):
     ]
     graph = model(nodes, held, {"x": ["batch", 64]})
     engine, notes = built(graph, tmp_path, YES)
-    assert len(notes) == 2 and {"CodedLayer"} <= ops_of(tmp_path)
+    assert len(notes) == 2 and {"BookLayer", "CodedLayer"} <= ops_of(tmp_path)
     for batch in (1, 6):
         feeds = {"x": RNG.standard_normal((batch, 64)).astype(np.float32)}
         close(engine.run(feeds)["y"], oracle.run(graph, feeds)["y"])
     times = engine.layers({"x": np.ones((2, 64), np.float32)})
-    assert [t.nodes for t in times if t.op == "CodedLayer"] == [("a",), ("y",)]
+    assert [(t.op, t.nodes) for t in times if t.op.endswith("Layer")] == [("BookLayer", ("a",)), ("CodedLayer", ("y",))]
     assert [n.op for n in graph.nodes] == [n.op_type for n in nodes], "the graph that was given is as it was"
 
 
@@ -175,10 +179,10 @@ def rounded(x: np.ndarray) -> np.ndarray:
 
 
 @needs_compiler
-@pytest.mark.parametrize("kind, bits", [("pot", 3), ("pot", 4), ("sp2", 4)])
-@pytest.mark.parametrize("shape, rows", [([2, 96], 64), ([13, 101], 70), ([2, 6, 384], 130)])
-def test_integers_round_activations_and_nothing_else(kind, bits, shape, rows, tmp_path):
-    graph = layer(kind, bits, shape, rows)
+@pytest.mark.parametrize("kind, bits, group", [("pot", 2, 0), ("pot", 3, 24), ("pot", 4, 0), ("sp2", 4, 8)])
+@pytest.mark.parametrize("shape, rows", [([2, 96], 64), ([13, 101], 70), ([2, 7, 384], 130)])
+def test_integers_round_activations_and_nothing_else(kind, bits, group, shape, rows, tmp_path):
+    graph = layer(kind, bits, shape, rows, group)
     engine, _ = built(graph, tmp_path, INTEGERS)
     assert ops_of(tmp_path) == {"IntegerLayer"}
     x = RNG.standard_normal(shape).astype(np.float32)
@@ -213,12 +217,15 @@ def test_integers_of_a_convolution_are_those_of_its_pixels(tmp_path):
 
 
 @needs_compiler
-def test_levels_that_are_no_small_integers_keep_float_activations(tmp_path):
-    graph = layer("binary", 3, [4, 64], 8)
+@pytest.mark.parametrize("kind, op", [("binary", "CodedLayer"), ("pot", "BookLayer")])
+def test_levels_that_are_no_small_integers_keep_float_activations(kind, op, tmp_path):
+    graph = layer(kind, 3, [4, 64], 8)
+    if kind == "pot":
+        graph.nodes[0].inputs[3].values = RNG.standard_normal(8).astype(np.float32)
     engine, _ = built(graph, tmp_path, INTEGERS)
     feeds = oracle.random_feeds(graph.signature().inputs, 1)
     close(engine.run(feeds)["y"], oracle.run(graph, feeds)["y"])
-    assert ops_of(tmp_path) == {"CodedLayer"}
+    assert ops_of(tmp_path) == {op}
 
 
 # -- attention ---------------------------------------------------------------------------------------------------------
@@ -311,6 +318,39 @@ def test_auto_measures_and_an_unknown_number_of_tokens_is_left(tmp_path, monkeyp
     assert "times as fast as the function body" in notes[0]
     engine, notes = built(layer("sp2", 4, ["tokens", 1024], 64, columns=1024), tmp_path / "unknown")
     assert "not known" in notes[0] and engine.manifest.files == (ort_session.ENGINE,)
+
+
+def time_to_body(graph: Graph, folder: Path) -> measure.Ratio:
+    """Of what `auto` chooses."""
+    engines = {how: built(graph, folder / how, {"custom_ops": how})[0] for how in ("auto", "no")}
+    feeds = oracle.random_feeds(graph.signature().inputs, 1)
+    calls = {how: engine.call(feeds) for how, engine in engines.items()}
+    taken = measure.interleave(calls, "thread_cpu", seconds=0.5, block_ms=5)
+    return measure.ratio(taken["auto"], taken["no"])
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("kind, bits", [("sp2", 4), ("binary", 4), ("pot", 8)])
+@pytest.mark.parametrize("tokens, rows", [(1, 40), (1, 512), (2, 512), (3, 512), (6, 512), (8, 512), (64, 512)])
+def test_what_auto_chooses_never_loses_to_the_function_body(kind, bits, tokens, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(ort_custom, "_MEASURED", {})
+    graph = layer(kind, bits, [tokens, 512], rows)
+    assert time_to_body(graph, tmp_path).low < 1.05, "slower, with 95 % confidence"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_a_measurement_that_is_wrong_chooses_what_loses(tmp_path, monkeypatch):
+    def flattered(ort, graphs, chosen, scratch):
+        taken = right(ort, graphs, chosen, scratch)
+        base = next(iter(taken))
+        return {k: s if k == base else replace(s, seconds=s.seconds / 10) for k, s in taken.items()}
+
+    right = ort_custom.timed
+    monkeypatch.setattr(ort_custom, "_MEASURED", {})
+    monkeypatch.setattr(ort_custom, "timed", flattered)
+    assert time_to_body(layer("binary", 4, [64, 512], 512), tmp_path).low > 1.05
 
 
 def test_without_a_compiler_auto_falls_back_and_yes_says_what_to_install(tmp_path, monkeypatch):
@@ -410,13 +450,74 @@ def test_the_sources_are_part_of_the_package():
 def test_kernels_for_lesser_cpus_compute_the_same(features, tmp_path, monkeypatch):
     if missing := set(features.split()) - set(measure.cpu_features()):
         pytest.skip(f"this CPU has no {', '.join(missing)}")
-    monkeypatch.setattr(ort_session, "cpu", lambda: f"{platform.machine()} {features}".strip())
-    graphs = {f"{kind}{bits}": layer(kind, bits, shape, rows, group) for kind, bits, shape, rows, group in LAYERS}
+    monkeypatch.setattr(measure, "cpu", lambda: f"{platform.machine()} {features}".strip())
+    graphs = {f"{one[0]}{one[1]} {i}": layer(*one) for i, one in enumerate(LAYERS)}
     graphs |= {"conv": layer("pot", 4, [2, 40, 4, 6], 21, strides=(2, 1)), "attention": attention(33, 20, 32)}
     for name, graph in graphs.items():
         feeds = oracle.random_feeds(graph.signature().inputs, 1)
         wanted = oracle.run(graph, feeds)["y"]
         close(built(graph, tmp_path / name, YES)[0].run(feeds)["y"], wanted)
-        if name == "sp24":
-            found = built(graph, tmp_path / "integers", INTEGERS)[0].run(feeds)["y"]
+        if name.startswith("sp24"):
+            found = built(graph, tmp_path / f"integers {name}", INTEGERS)[0].run(feeds)["y"]
             close(found, oracle.run(graph, {"x": rounded(feeds["x"]).astype(np.float32)})["y"])
+
+
+_BOOKS_CPP = r"""
+#include "shift_add.cpp"
+#include <cstdio>
+// Tokens of 40 columns in groups of 16, and one tile of rows: sums one by one, and those of the kernel.
+template <typename Kind, int T, bool unpacked = false>
+int differ() {
+  const Linear layer{kTile, 40, 16};
+  const std::int64_t groups = layer.groups();
+  std::vector<std::uint32_t> words(kTile * 5);
+  std::vector<float> scales(groups * kTile), steps(T), y(T * kTile);
+  std::vector<typename Kind::Given> x(T * 40);
+  std::vector<std::int32_t> sums(T * groups);
+  std::conditional_t<std::is_same_v<Kind, Integers>, std::uint8_t, float> levels[16];
+  std::uint32_t random = 1;
+  auto draw = [&](int below) { return int((random = random * 1664525u + 1013904223u) >> 8) % below; };
+  for (auto& one : words) one = draw(1 << 16) << 16 | draw(1 << 16);
+  for (auto& one : scales) one = 1.0f / (1 + draw(8));
+  for (auto& one : x) one = draw(255) - 127;
+  for (auto& one : levels) one = draw(129);
+  for (int t = 0; t < T; ++t) steps[t] = 1 + t;
+  for (int t = 0; t < T; ++t)
+    for (int c = 0; c < 40; ++c) sums[t * groups + c / 16] += x[t * 40 + c];
+  const Given<Kind> given{x.data(), 40, sums.data(), steps.data()};
+  std::vector<std::int32_t> held(kTile * 5 * Kind::kSteps);
+  const std::int32_t* from = (const std::int32_t*)words.data();
+  if (unpacked) unpack<Kind>(from, levels, 40, held.data()), from = held.data();
+  outputs<Kind, T, unpacked>(layer, given, 0, from, scales.data(), levels, kTile, y.data());
+  int wrong = 0;
+  for (int t = 0; t < T; ++t)
+    for (int r = 0; r < kTile; ++r) {
+      double wanted = 0;
+      for (int c = 0; c < 40; ++c) {
+        const int nibble = c % 4 * 2 + c % 8 / 4;
+        const double level = levels[words[c / 8 * kTile + r] >> (4 * nibble) & 15] - (sizeof levels[0] == 1 ? 64.0 : 0);
+        wanted += level * x[t * 40 + c] * scales[c / 16 * kTile + r] * steps[t];
+      }
+      wrong += std::fabs(wanted - y[t * kTile + r]) > 1e-6 * (128.0 * 127 * 40 * steps[t]);
+    }
+  return wrong;
+}
+int main() {
+  for (int wrong : {differ<Numbers, 1>(), differ<Numbers, 2>(), differ<Numbers, 3, true>(), differ<Integers, 1>(),
+                    differ<Integers, 2>(), differ<Integers, 3, true>()})
+    std::printf("%d ", wrong);
+}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [False, True])
+def test_kernels_of_books_are_right_on_arm(broken, tmp_path):
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64")
+    if not (compiler and emulator):
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64")
+    (tmp_path / "main.cpp").write_text(_BOOKS_CPP.replace("& 15]", "& 7]") if broken else _BOOKS_CPP)
+    flags = ["-std=c++20", "-O1", "-DLANES=8", f"-I{ort_custom._SOURCE.parent}"]
+    subprocess.run([compiler, *flags, "-o", tmp_path / "main", tmp_path / "main.cpp"], check=True)
+    done = subprocess.run([emulator, "-L", "/usr/aarch64-linux-gnu", tmp_path / "main"], capture_output=True, text=True)
+    assert (done.stdout == "0 0 0 0 0 0 ") is not broken
