@@ -221,8 +221,15 @@ def test_folded_form_tells_a_changed_weight(net, images):
 # --- export ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize("dynamo", [False, True], ids=["legacy", "dynamo"])
+@pytest.mark.parametrize(
+    ("dynamo", "dynamic"),
+    [
+        pytest.param(False, False, id="legacy-static"),
+        pytest.param(False, True, id="legacy-dynamic"),
+        pytest.param(True, False, id="dynamo-static", marks=pytest.mark.slow),
+        pytest.param(True, True, id="dynamo-dynamic"),
+    ],
+)
 def test_exports(tmp_path, dynamo, dynamic):
     model = create("litepose_xs")
     randomize(model, 2)

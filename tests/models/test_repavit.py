@@ -307,12 +307,12 @@ def masks(proto: onnx.ModelProto) -> list[onnx.NodeProto]:
 
 
 REPRESENTATIVE = [
-    pytest.param("repavit_tiny", False, False, id="deit-legacy-static"),
+    pytest.param("repavit_tiny", False, False, id="deit-legacy-static", marks=pytest.mark.slow),
     pytest.param("repavit_tiny", False, True, id="deit-legacy-dynamic"),
-    pytest.param("repavit_tiny", True, False, id="deit-dynamo-static"),
+    pytest.param("repavit_tiny", True, False, id="deit-dynamo-static", marks=pytest.mark.slow),
     pytest.param("repavit_tiny", True, True, id="deit-dynamo-dynamic"),
     pytest.param("repaswin_tiny", False, False, id="swin-legacy-static"),
-    pytest.param("repaswin_tiny", False, True, id="swin-legacy-dynamic"),
+    pytest.param("repaswin_tiny", False, True, id="swin-legacy-dynamic", marks=pytest.mark.slow),
     pytest.param("repaswin_tiny", True, False, id="swin-dynamo-static"),
     pytest.param("repaswin_tiny", True, True, id="swin-dynamo-dynamic", marks=pytest.mark.slow),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import logging
 import math
 import re
@@ -930,8 +931,13 @@ def learned(graph: Graph) -> int:
     return sum(found.values())
 
 
-@pytest.mark.parametrize("exporter", EXPORTERS)
-@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in ZOO])
+@pytest.mark.parametrize(
+    ("name", "exporter"),
+    [
+        pytest.param(n, e, marks=[] if n in DEFAULT and (e, n) != ("dynamo", "repavit_tiny") else [pytest.mark.slow])
+        for n, e in itertools.product(ZOO, EXPORTERS)
+    ],
+)
 def test_zoo(name: str, exporter: str):
     size, parameters, macs = ZOO[name]
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import platform
 import re
 from collections.abc import Mapping, Sequence
@@ -471,12 +472,11 @@ def quantised(name: str, rules: str, resolution: int = 0) -> tuple[Graph, Graph]
     return graph, qdq.quantized(graph, table, ranges)
 
 
-@pytest.mark.parametrize("rules", ["ort_cpu", "tvm"])
 @pytest.mark.parametrize(
-    "name",
+    ("name", "rules"),
     [
-        "repvgg_a0",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in models.names() if name != "repvgg_a0"),
+        pytest.param(name, rules, marks=[] if (name, rules) == ("repvgg_a0", "tvm") else [pytest.mark.slow])
+        for name, rules in itertools.product(models.names(), ["ort_cpu", "tvm"])
     ],
 )
 def test_a_zoo_model_is_as_good_as_its_simulation(name, rules, tmp_path):
