@@ -67,7 +67,7 @@ def run_one(name: str, tune: str, seconds: float, threads: int) -> dict[str, Any
         clock = "thread_cpu" if threads == 1 else "wall"
         samples = measure.interleave_sessions(open_arms, clock, sessions=10, seconds=seconds, threads=threads)
     better = [k for k in found["kernels"] if k["tuned_us"] < k["untuned_us"]]
-    alone = sum(k["count"] * k["tuned_us"] for k in found["kernels"])
+    alone, untuned = (sum(k["count"] * k[f"{of}_us"] for k in found["kernels"]) for of in ("tuned", "untuned"))
     return {
         "model": name,
         "threads": threads,
@@ -78,7 +78,7 @@ def run_one(name: str, tune: str, seconds: float, threads: int) -> dict[str, Any
         "trials": found["trials"],
         "kernels": len(found["kernels"]),
         "better_alone": better,
-        "kernels_ratio": alone / sum(k["count"] * k["untuned_us"] for k in found["kernels"]),
+        "kernels_ratio": alone / untuned if untuned else None,
         "p50_ms": {k: s.p50 * 1e3 for k, s in samples.items()},
         "ratio": measure.ratio(samples["tuned"], samples["untuned"]).as_dict(),
         "ratio_when_tuned": found.get("ratio"),
