@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,9 @@ class TvmEngine(Engine):
                 cuda.require_device(self._chosen.cuda)
             self._machine = self._loaded()
         if self.threads > 1 and _pool[0] != self.threads:
+            cores = os.sched_getaffinity(0)
             tvm.get_global_func("runtime.config_threadpool")(_ALL_BIG_CORES, self.threads)
+            os.sched_setaffinity(0, cores)  # TVM leaves one to this thread, and to all that it starts from now on
             _pool[0] = self.threads
         return self._machine
 

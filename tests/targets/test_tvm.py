@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import platform
 import shutil
 import sys
@@ -28,6 +29,7 @@ from edgecompile.passes.reparam import Reparam
 from edgecompile.pipeline import Pipeline
 from edgecompile.targets.ort import OrtTarget
 from edgecompile.targets.tvm import ENGINE, KERNELS, TvmTarget, cuda, lower, options
+from edgecompile.targets.tvm import engine as engine_module
 from edgecompile.targets.tvm.engine import stamps
 
 tvm = pytest.importorskip("tvm")
@@ -413,6 +415,17 @@ def test_zoo_model_agrees_with_onnx_runtime(name, resolution, tmp_path):
     (tmp_path / "ort").mkdir()
     reference = OrtTarget().build(graph, tmp_path / "ort", ONE).run(feeds)
     assert error(reference, TvmTarget().build(graph, tmp_path, ONE).run(feeds)) <= TOLERANCE
+
+
+def test_an_engine_of_several_threads_leaves_the_process_its_cores(tmp_path):
+    """What is compiled or opened after it would find one core, and the threads of other runtimes would share that."""
+    if len(before := os.sched_getaffinity(0)) < 2:
+        pytest.skip("this process may use one core only")
+    graph = exported("repvgg_cifar", 32)
+    engine = TvmTarget().build(graph, tmp_path, {"threads": 2})
+    engine_module._pool[0] = 0  # as in a process that has run none
+    engine.run(oracle.random_feeds(graph.signature().inputs))
+    assert os.sched_getaffinity(0) == before and engine_module._pool[0] == 2
 
 
 # -- models that others exported ---------------------------------------------------------------------------------------
