@@ -19,7 +19,7 @@ import os
 import platform
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -501,6 +501,17 @@ def affinity() -> list[int]:
     if hasattr(os, "sched_getaffinity"):
         return sorted(os.sched_getaffinity(0))
     return list(range(os.cpu_count() or 1))
+
+
+@contextmanager
+def keeping_affinity() -> Iterator[None]:
+    """Give this thread back the CPUs that it may run on now: a pool of threads may bind the one that makes it."""
+    cpus = affinity()
+    try:
+        yield
+    finally:
+        if hasattr(os, "sched_setaffinity"):
+            os.sched_setaffinity(0, cpus)
 
 
 def available_cores() -> int:

@@ -71,15 +71,21 @@ inline Words as_words(Floats values) {
   return bits;
 }
 
+// All lanes combined, the lower half with the upper one, and so on.
+template <typename Combine>
+inline float halved(Floats values, Combine combine) {
+  float half[LANES];
+  std::memcpy(half, &values, sizeof values);
+  for (int n = LANES / 2; n; n /= 2)
+    for (int i = 0; i < n; ++i) half[i] = combine(half[i], half[i + n]);
+  return half[0];
+}
+
 inline float sum(Floats values) {
 #if defined(__AVX512F__) && LANES == 16
   return _mm512_reduce_add_ps((__m512)values);
 #else
-  float half[LANES];
-  std::memcpy(half, &values, sizeof values);
-  for (int n = LANES / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) half[i] += half[i + n];
-  return half[0];
+  return halved(values, [](float a, float b) { return a + b; });
 #endif
 }
 
@@ -87,11 +93,7 @@ inline float largest(Floats values) {
 #if defined(__AVX512F__) && LANES == 16
   return _mm512_reduce_max_ps((__m512)values);
 #else
-  float half[LANES];
-  std::memcpy(half, &values, sizeof values);
-  for (int n = LANES / 2; n; n /= 2)
-    for (int i = 0; i < n; ++i) half[i] = std::max(half[i], half[i + n]);
-  return half[0];
+  return halved(values, [](float a, float b) { return std::max(a, b); });
 #endif
 }
 

@@ -94,7 +94,7 @@ class TvmTarget(Target):
         """See :meth:`edgecompile.target.Target.load`; the library is not touched before it is known to fit."""
         runtime()
         chosen = tvm_options.parse(manifest.options)
-        _require_fit(folder / ENGINE, manifest)
+        _require_fit(folder / ENGINE, manifest, chosen)
         return TvmEngine(manifest, chosen, folder / ENGINE, named(graph), kernels_of(folder))
 
     def layers(
@@ -133,13 +133,12 @@ def runtime():
     return tvm
 
 
-def _require_fit(path: Path, manifest: EngineManifest) -> None:
+def _require_fit(path: Path, manifest: EngineManifest, chosen: Options) -> None:
     """Refuse a library that another version made, or whose code this CPU may not have.
 
     Raises:
         EnvironmentMissing: it is one.
     """
-    chosen = tvm_options.parse(manifest.options)
     if chosen.cuda:
         cuda.require_device(chosen.cuda)
     built, here = manifest.versions.get("apache-tvm", ""), version("apache-tvm")

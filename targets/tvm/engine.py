@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from edgecompile import oracle
+from edgecompile import measure, oracle
 from edgecompile.errors import EnvironmentMissing, InputError
 from edgecompile.graph import Graph
 from edgecompile.target import Engine, EngineManifest, LayerTime
@@ -63,9 +62,8 @@ class TvmEngine(Engine):
                 cuda.require_device(self._chosen.cuda)
             self._machine = self._loaded()
         if self.threads > 1 and _pool[0] != self.threads:
-            cores = os.sched_getaffinity(0)
-            tvm.get_global_func("runtime.config_threadpool")(_ALL_BIG_CORES, self.threads)
-            os.sched_setaffinity(0, cores)  # TVM leaves one to this thread, and to all that it starts from now on
+            with measure.keeping_affinity():  # TVM leaves this thread, and all that it starts from now on, one core
+                tvm.get_global_func("runtime.config_threadpool")(_ALL_BIG_CORES, self.threads)
             _pool[0] = self.threads
         return self._machine
 
@@ -143,9 +141,9 @@ class TvmEngine(Engine):
             machine = self._loaded()  # one that is watched is slower
             machine.save_function("main", "bound", *arguments)
             runs = cuda.kernel_times(machine, "bound", self._kernels, _WARM_RUNS + repeats)
-            return {"microseconds": np.median(runs[_WARM_RUNS:], axis=0).tolist()}
-        arguments.append(tvm.runtime.tensor(stamps(len(self._kernels))))
-        runs = kernel_times(machine, arguments, machine.invoke_stateful, _WARM_RUNS + repeats)
+        else:
+            arguments.append(tvm.runtime.tensor(stamps(len(self._kernels))))
+            runs = kernel_times(machine, arguments, machine.invoke_stateful, _WARM_RUNS + repeats)
         return {"microseconds": np.median(runs[_WARM_RUNS:], axis=0).tolist()}
 
     def close(self) -> None:

@@ -29,7 +29,7 @@ from cuda_on_host import Device, compiled, used
 from cuda_on_host import built as built_there
 from onnx import helper, numpy_helper
 from test_tvm import exported
-from test_tvm_shift_add import built, hamming, model, weights_of
+from test_tvm_shift_add import at_thresholds, built, hamming, model, weights_of
 
 from edgecompile import oracle
 from edgecompile.calibration_data import open_data
@@ -292,20 +292,12 @@ def test_attention_reads_heads_where_the_projection_put_them(device, tmp_path):
 
 
 def test_what_equals_its_threshold_is_not_above_it(device, tmp_path):
-    """Units of 3, 4 and zeros are 0.6, 0.8 and 0 to the last bit; a row of zeros has no direction and no ones."""
-    x = np.zeros((1, 6, 33), np.float32)
-    x[0, np.arange(4), [0, 31, 32, 7]], x[0, np.arange(4), [32, 0, 31, 8]] = 3, 4
-    x[0, 4] = x[0, 0]
-    v = np.eye(6, dtype=np.float32)[None]
-    shapes = {"q": x.shape, "k": x.shape, "v": v.shape, "q_threshold": (1,), "k_threshold": (1,)}
-    graph = hamming(shapes, {"scale": np.ones(1, np.float32), "bias": np.zeros(1, np.float32)})
+    graph, cases = at_thresholds()
     said: list[str] = []
     TvmTarget().build(graph, tmp_path, GPU, said.append)
-    equal = np.float32(0.6)
-    for limit, ones in ((equal, x > 3), (np.nextafter(equal, np.float32(0)), x > 0)):
-        (found,) = device.run(tmp_path / ENGINE, [x, x, v, np.full(1, limit), np.full(1, limit)])
-        powers = np.exp(ones.astype(np.float32) @ ones.astype(np.float32).swapaxes(1, 2))
-        np.testing.assert_allclose(found, powers / powers.sum(-1, keepdims=True), atol=1e-6)
+    for feeds, wanted in cases:
+        (found,) = device.run(tmp_path / ENGINE, [feeds[str(t.name)] for t in graph.inputs])
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert "counted" in said[0]
 
 

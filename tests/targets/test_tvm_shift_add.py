@@ -442,23 +442,33 @@ def test_binary_softmax_attention_runs_as_its_body(shape: list[int], limits, bia
     assert np.abs(oracle.run(graph, feeds)["y"] - oracle.run(other, feeds)["y"]).max() > 1e-3
 
 
-def test_what_equals_its_threshold_is_not_above_it(tmp_path):
-    """Units of 3, 4 and zeros are 0.6, 0.8 and 0 to the last bit; a row of zeros has no direction and no ones."""
+def at_thresholds() -> tuple[Graph, list[tuple[dict[str, np.ndarray], np.ndarray]]]:
+    """Binary attention, and feeds with the outputs that follow for a threshold that values equal, and one just below.
+
+    Units of 3, 4 and zeros are 0.6, 0.8 and 0 to the last bit; a row of zeros has no direction and no ones.
+    """
     x = np.zeros((1, 6, 33), np.float32)
     x[0, np.arange(4), [0, 31, 32, 7]], x[0, np.arange(4), [32, 0, 31, 8]] = 3, 4
     x[0, 4] = x[0, 0]
-    v = np.eye(6, dtype=np.float32)[None]
-    shapes = {"q": x.shape, "k": x.shape, "v": v.shape, "q_threshold": (1,), "k_threshold": (1,)}
+    given = {"q": x, "k": x, "v": np.eye(6, dtype=np.float32)[None]}
+    shapes = {name: value.shape for name, value in given.items()} | {"q_threshold": (1,), "k_threshold": (1,)}
     graph = hamming(shapes, {"scale": np.ones(1, np.float32), "bias": np.zeros(1, np.float32)})
+    equal, cases = np.float32(0.6), []
+    for limit, ones in ((equal, x > 3), (np.nextafter(equal, np.float32(0)), x > 0)):
+        powers = np.exp(ones.astype(np.float32) @ ones.astype(np.float32).swapaxes(1, 2))
+        limits = dict.fromkeys(("q_threshold", "k_threshold"), np.full(1, limit))
+        cases.append(({**given, **limits}, powers / powers.sum(-1, keepdims=True)))
+    return graph, cases
+
+
+def test_what_equals_its_threshold_is_not_above_it(tmp_path):
+    graph, cases = at_thresholds()
     said: list[str] = []
     engine = TvmTarget().build(graph, tmp_path, {"threads": 1}, said.append)
-    equal = np.float32(0.6)
-    for limit, ones in ((equal, x > 3), (np.nextafter(equal, np.float32(0)), x > 0)):
-        feeds = {"q": x, "k": x, "v": v, "q_threshold": np.full(1, limit), "k_threshold": np.full(1, limit)}
+    for feeds, wanted in cases:
         found = engine.run(feeds)["y"]
         np.testing.assert_allclose(found, oracle.run(graph, feeds)["y"], atol=1e-6)
-        powers = np.exp(ones.astype(np.float32) @ ones.astype(np.float32).swapaxes(1, 2))
-        np.testing.assert_allclose(found, powers / powers.sum(-1, keepdims=True), atol=1e-6)
+        np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert "counted" in said[0]
 
 

@@ -800,6 +800,12 @@ class Rows:
         return cls(math.prod(shape), 0, steps)
 
     @classmethod
+    def broadcast(cls, shape: Sequence[int]) -> Rows:
+        """Those of a tensor that has the memory for itself, where an axis of extent 1 may have any index."""
+        dense = cls.dense(shape)
+        return cls(dense.size, 0, tuple(s if n > 1 else 0 for s, n in zip(dense.steps, shape[:-1], strict=True)))
+
+    @classmethod
     def of(cls, view: View) -> Rows | None:
         """Those of a view, None where its rows are not contiguous or not evenly spaced."""
         shape, extents = view.shape, [int(d) for d in view.source.ty.shape]
@@ -1092,8 +1098,7 @@ def hamming(
     deep, wide = (min(have.lanes, 1 << (extent.bit_length() - 1)) for extent in (inner, keys))
     words, of_word, down = -(-inner // BITS), BITS // deep, min(queries, 4)
     biases = [1] * (len(lead) + 2 - len(biases)) + list(biases)
-    dense = Rows.dense(biases)
-    bias_rows = Rows(dense.size, 0, tuple(s if n > 1 else 0 for s, n in zip(dense.steps, biases[:-1], strict=True)))
+    bias_rows = Rows.broadcast(biases)
     lane, none = T.ramp(0, 1, deep), T.broadcast(T.uint32(0), deep)
 
     def start(of: Rows, h: Any, t: Any) -> Any:

@@ -449,9 +449,7 @@ def counted(lead: Sequence[int], queries: int, keys: int, inner: int, biases: Se
     from tvm.script import tirx as T
 
     heads, words, own = math.prod(lead), -(-inner // BITS), _TOKENS
-    shape = [1] * (len(lead) + 2 - len(biases)) + list(biases)
-    dense = Rows.dense((*shape, 1))
-    added = Rows(dense.size, 0, tuple(step if n > 1 else 0 for step, n in zip(dense.steps, shape, strict=True)))
+    added = Rows.broadcast([*[1] * (len(lead) + 2 - len(biases)), *biases, 1])
 
     @T.prim_func(s_tir=True)
     def kernel(
