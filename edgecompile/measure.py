@@ -19,7 +19,7 @@ import os
 import platform
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -503,15 +503,21 @@ def affinity() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
-@contextmanager
-def keeping_affinity() -> Iterator[None]:
-    """Give this thread back the CPUs that it may run on now: a pool of threads may bind the one that makes it."""
-    cpus = affinity()
-    try:
-        yield
-    finally:
-        if hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cpus)
+def for_threads(cpus: Iterable[int], read: Callable[[str], str] | None = None) -> list[int]:
+    """CPUs in the order in which threads should get them: fast cores first, and one CPU of each core before its others.
+
+    Args:
+        cpus: their numbers.
+        read: reads a small file of the machine that has them, ``""`` if there is none; by default of this one.
+    """
+    cores, ranked = set(), []
+    for cpu in cpus:
+        folder = f"/sys/devices/system/cpu/cpu{cpu}"
+        core = (read or _read)(f"{folder}/topology/thread_siblings_list") or str(cpu)
+        hertz = (read or _read)(f"{folder}/cpufreq/cpuinfo_max_freq")
+        ranked.append((core in cores, -int(hertz) if hertz.isdigit() else 0, cpu))
+        cores.add(core)
+    return [cpu for *_, cpu in sorted(ranked)]
 
 
 def available_cores() -> int:

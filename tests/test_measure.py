@@ -250,6 +250,17 @@ def test_features_are_those_of_the_kernel():
         assert ("avx2" in measure.cpu_features()) == ("avx2" in flags)
 
 
+def test_threads_get_fast_cores_first_and_a_core_each():
+    """Two slow cores, then two fast ones, each of which appears as two CPUs."""
+    files = {}
+    for cpu, (siblings, hertz) in enumerate([("0", 1800), ("1", 1800), *[("2,4", 2400), ("3,5", 2400)] * 2]):
+        files[f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"] = siblings
+        files[f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/cpuinfo_max_freq"] = f"{hertz}000"
+    assert measure.for_threads(range(6), lambda path: files[path]) == [2, 3, 0, 1, 4, 5]
+    assert measure.for_threads([3, 0, 1], lambda _: "") == [0, 1, 3]  # a machine that tells nothing
+    assert sorted(measure.for_threads(measure.affinity())) == measure.affinity()
+
+
 def test_affinity_limits_the_cores():
     script = (
         "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"

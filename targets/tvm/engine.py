@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,16 @@ from edgecompile.targets.tvm.lower import TIMED, Compiled
 from edgecompile.targets.tvm.options import Options
 
 _WARM_RUNS = 2
-_ALL_BIG_CORES = 1  # what the runtime's thread pool calls its usual mode
-_pool = [0]  # threads that the process's pool is set to; 0 if nobody has set it
+_ONE_CPU_PER_THREAD = -2  # a mode of the runtime's thread pool
+
+
+class _Pool(threading.local):
+    """The runtime has one pool per thread that calls it."""
+
+    threads = 0  # that it is set to; 0 if nobody has set it
+
+
+_pool = _Pool()
 
 
 class TvmEngine(Engine):
@@ -61,10 +70,9 @@ class TvmEngine(Engine):
             if self._chosen.cuda:
                 cuda.require_device(self._chosen.cuda)
             self._machine = self._loaded()
-        if self.threads > 1 and _pool[0] != self.threads:
-            with measure.keeping_affinity():  # TVM leaves this thread, and all that it starts from now on, one core
-                tvm.get_global_func("runtime.config_threadpool")(_ALL_BIG_CORES, self.threads)
-            _pool[0] = self.threads
+        if self.threads > 1 and _pool.threads != self.threads:
+            set_pool(tvm.get_global_func, self.threads, measure.for_threads(measure.affinity()))
+            _pool.threads = self.threads
         return self._machine
 
     def _loaded(self):
@@ -149,6 +157,21 @@ class TvmEngine(Engine):
     def close(self) -> None:
         """Free the virtual machine and the library."""
         self._machine = None
+
+
+def set_pool(function: Callable[[str], Any], threads: int, cpus: Sequence[int]) -> None:
+    """Set the runtime's thread pool; it counts the calling thread, which stays free to run on all of the CPUs.
+
+    Where it is not told the CPUs, the pool has half of those of an x86 machine, which it takes for hyper-threads, or
+    what OMP_NUM_THREADS says, and the calling thread, with all that it starts later, is left with one. The first time
+    decides how large the pool can be, so that it is told all CPUs, whatever the number of threads.
+
+    Args:
+        function: gives the runtime's functions by name.
+        threads: that run an operator.
+        cpus: :func:`edgecompile.measure.for_threads`; each thread of the pool but the calling one is bound to one.
+    """
+    function("runtime.config_threadpool")(_ONE_CPU_PER_THREAD, threads, function("ffi.Array")(*map(str, cpus)))
 
 
 # -- times of kernels --------------------------------------------------------------------------------------------------

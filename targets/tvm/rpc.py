@@ -55,7 +55,7 @@ from edgecompile.remote import Place, clean
 from edgecompile.target import BoardTarget, Capability, Engine, EngineManifest, LayerTime
 from edgecompile.targets.tvm import ENGINE, TvmTarget, kernels_of, runtime, tune
 from edgecompile.targets.tvm import options as tvm_options
-from edgecompile.targets.tvm.engine import kernel_times, layers, stamps
+from edgecompile.targets.tvm.engine import kernel_times, layers, set_pool, stamps
 from edgecompile.targets.tvm.lower import Compiled
 from edgecompile.targets.tvm.options import Options
 
@@ -63,7 +63,6 @@ PORT = 9190
 _URL = re.compile(r"rpc://([A-Za-z0-9_][A-Za-z0-9_.-]*|\[[0-9A-Fa-f:.]+\])(?::([0-9]{1,5}))?/([\w.+-]+)", re.ASCII)
 _FEATURE = re.compile(r'"([\w.-]+)": (?:T\.bool\()?(True|False)')
 _CPU_OPTIONS = ("mtriple", "mcpu", "mattr")
-_ALL_BIG_CORES = 1  # what the runtime's thread pool calls its usual mode
 _CONNECT_SECONDS, _PING_SECONDS, _POLL_SECONDS = 15.0, 10.0, 2.0
 _WAIT_SECONDS = 600.0  # for a busy board
 _LEASE_SECONDS = 7200.0  # after which a server takes the board back from a client that is gone
@@ -262,7 +261,7 @@ class Link:
         from tvm import relax
 
         if library.threads > 1 and self._threads != library.threads:
-            self._session.get_function("runtime.config_threadpool")(_ALL_BIG_CORES, library.threads)
+            set_pool(self._session.get_function, library.threads, measure.for_threads(self._cpus(), self._read))
             self._threads = library.threads
         return relax.VirtualMachine(module or self.module(library.path), self._session.cpu())
 

@@ -12,6 +12,7 @@ import shutil
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,6 @@ from edgecompile.passes.reparam import Reparam
 from edgecompile.pipeline import Pipeline
 from edgecompile.targets.ort import OrtTarget
 from edgecompile.targets.tvm import ENGINE, KERNELS, TvmTarget, cuda, lower, options
-from edgecompile.targets.tvm import engine as engine_module
 from edgecompile.targets.tvm.engine import stamps
 
 tvm = pytest.importorskip("tvm")
@@ -417,15 +417,22 @@ def test_zoo_model_agrees_with_onnx_runtime(name, resolution, tmp_path):
     assert error(reference, TvmTarget().build(graph, tmp_path, ONE).run(feeds)) <= TOLERANCE
 
 
-def test_an_engine_of_several_threads_leaves_the_process_its_cores(tmp_path):
+def test_an_engine_runs_on_as_many_threads_as_it_was_built_for_and_leaves_the_process_its_cores(tmp_path, monkeypatch):
     """What is compiled or opened after it would find one core, and the threads of other runtimes would share that."""
     if len(before := os.sched_getaffinity(0)) < 2:
         pytest.skip("this process may use one core only")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as many tools advise; unset, the runtime takes half of the CPUs
     graph = exported("repvgg_cifar", 32)
-    engine = TvmTarget().build(graph, tmp_path, {"threads": 2})
-    engine_module._pool[0] = 0  # as in a process that has run none
-    engine.run(oracle.random_feeds(graph.signature().inputs))
-    assert os.sched_getaffinity(0) == before and engine_module._pool[0] == 2
+    feeds = oracle.random_feeds(graph.signature().inputs)
+
+    def run() -> tuple[int, int]:
+        engines = [TvmTarget().build(graph, tmp_path, {"threads": n}) for n in (1, 2)]
+        for engine in engines:
+            engine.run(feeds)
+        return tvm.get_global_func("runtime.NumThreads")(), len(os.sched_getaffinity(0))
+
+    with ThreadPoolExecutor(1) as thread:  # a thread has a pool of its own, and no other test has used this one's
+        assert thread.submit(run).result() == (2, len(before))
 
 
 # -- models that others exported ---------------------------------------------------------------------------------------

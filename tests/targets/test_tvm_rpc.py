@@ -154,6 +154,19 @@ def test_a_board_tells_the_cpu_that_this_machine_is(servers):
     assert options["mcpu"] == facts.cpu and "mtriple" not in options
 
 
+def test_a_library_runs_on_as_many_threads_of_the_board_as_it_was_built_for(servers, tmp_path):
+    farm, graph = servers.farm(), convolution()
+    if farm.facts().cores < 2:
+        pytest.skip("the board has one core")
+    engine = rpc.RpcTarget(farm).build(graph, tmp_path, {"threads": 2})
+
+    def threads(link: rpc.Link) -> int:
+        link.open(engine._library)
+        return link._session.get_function("runtime.NumThreads")()
+
+    assert farm.run(threads) == 2
+
+
 def test_what_a_board_cannot_run_is_refused_before_it_is_built(servers, built, tmp_path, monkeypatch):
     farm, graph = servers.farm(), built[0]
     other = {"aarch64": "x86_64", "x86_64": "aarch64"}[platform.machine()]
