@@ -313,7 +313,7 @@ REPRESENTATIVE = [
     pytest.param("repavit_tiny", True, True, id="deit-dynamo-dynamic"),
     pytest.param("repaswin_tiny", False, False, id="swin-legacy-static"),
     pytest.param("repaswin_tiny", False, True, id="swin-legacy-dynamic", marks=pytest.mark.slow),
-    pytest.param("repaswin_tiny", True, False, id="swin-dynamo-static"),
+    pytest.param("repaswin_tiny", True, False, id="swin-dynamo-static", marks=pytest.mark.slow),
     pytest.param("repaswin_tiny", True, True, id="swin-dynamo-dynamic", marks=pytest.mark.slow),
 ]
 

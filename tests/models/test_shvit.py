@@ -193,7 +193,7 @@ def test_impossible_options(options, names):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_exports_at_native_resolution(name, dynamo, dynamic, tmp_path):
     x = torch.randn(2 if dynamic else 1, *models.ZOO[name].input_shape[1:])

@@ -634,11 +634,11 @@ def test_many_random_graphs(block):
 
 # -- the zoo -----------------------------------------------------------------------------------------------------------
 
-DEFAULT = ("shvit_s1",)
-FAMILIES = (*DEFAULT, "repavit_tiny", "efficientvit_m0", "litepose_xs", "damoyolo_ns", "deanet", "repaswin_tiny")
+DEFAULT = ("shvit_cifar",)
+REST = ("shvit_s1", "repavit_tiny", "efficientvit_m0", "litepose_xs", "damoyolo_ns", "deanet", "repaswin_tiny")
 
 
-@pytest.mark.parametrize("name", [n if n in DEFAULT else pytest.param(n, marks=pytest.mark.slow) for n in FAMILIES])
+@pytest.mark.parametrize("name", [*DEFAULT, *(pytest.param(n, marks=pytest.mark.slow) for n in REST)])
 def test_zoo(name: str, tmp_path: Path):
     pytest.importorskip("torch")
     from edgecompile import frontend

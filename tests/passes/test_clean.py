@@ -1022,7 +1022,13 @@ STEPS = {
 }
 
 
-@pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
+@pytest.mark.parametrize(
+    "step",
+    [
+        pytest.param(step, id=name, marks=[] if name in ("shapes", "equal nodes") else pytest.mark.slow)
+        for name, step in STEPS.items()
+    ],
+)
 def test_time_is_linear(step):
     def seconds(count: int) -> float:
         body = " ".join(step.format(i, i + 1) for i in range(count))

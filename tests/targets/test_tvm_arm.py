@@ -205,7 +205,7 @@ def layer(case: str, dtype: str, zero: int) -> tuple[Graph, np.ndarray, np.ndarr
     return d.graph("y", kind, *wanted.shape), x, wanted
 
 
-@pytest.mark.parametrize("mcpu", ["cortex-a72", "cortex-a78", pytest.param("neoverse-v2", marks=SLOW)])
+@pytest.mark.parametrize("mcpu", ["cortex-a78", *(pytest.param(n, marks=SLOW) for n in ("cortex-a72", "neoverse-v2"))])
 def test_integers_are_numpys_bit_for_bit(mcpu, arm, tmp_path):
     pytest.importorskip("torch")
     zeros = {"uint8": 113, "int8": -9}
@@ -264,7 +264,7 @@ BYTES = {"pot": "book_int8", "sp2": "dot_int8", "short": "book_int8", "uneven": 
 @pytest.mark.parametrize(
     ("mcpu", "threads", "activations", "expected"),
     [
-        ("cortex-a72", 1, "float32", FLOATS),
+        pytest.param("cortex-a72", 1, "float32", FLOATS, marks=SLOW),
         ("cortex-a78", 1, "int8", BYTES),
         pytest.param("cortex-a72", 2, "int8", FLOATS, marks=SLOW),
         pytest.param("cortex-a78", 2, "float32", FLOATS, marks=SLOW),

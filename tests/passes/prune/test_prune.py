@@ -286,6 +286,7 @@ def test_the_schema_describes_the_report(model: Path, tmp_path: Path):
         jsonschema.validate(document, report.schema())
 
 
+@pytest.mark.slow
 def test_latency_through_the_driver_on_the_real_target(model: Path, tmp_path: Path):
     pytest.importorskip("onnxruntime")
     out = tmp_path / "out"

@@ -34,7 +34,7 @@ SMALL = {
     "damoyolo_ns": 64,
     "deanet": 32,
 }
-QUICK = ("shvit_cifar", "repavit_cifar", "repvgg_cifar")
+QUICK = ("repavit_cifar", "repvgg_cifar")
 SNR = {
     "fp32": 80.0,
     "fp16": 40.0,
