@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+gc.disable()  # until all tests are collected: what is imported and compiled for them is no garbage
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -17,6 +19,6 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def pytest_collection_finish() -> None:
-    """What the tests import, a million objects, is not looked through by every collection of garbage that follows."""
-    gc.collect()
+    """Collections of garbage from now on do not look through what was imported, a million objects."""
     gc.freeze()
+    gc.enable()
