@@ -213,10 +213,10 @@ def build(ctx: click.Context, config: Path | None, **given: Any) -> None:
                          "prune on the board, or give --prune-params")  # fmt: skip
     if options.device and (options.prepare or options.prune is not None):
         raise InputError("--device does not go with --prepare or --prune", fix="leave one of them out")
-    if options.passes is None and not bundle.is_bundle(given["source"]):
-        driver.check(given["source"], options)  # what cannot be built fails before the export
+    output = given["output"] or driver.default_output(Path(given["source"]).name)
+    driver.check(given["source"], output, options)  # what cannot be built fails before the export
     with terminal.progress() as say, opened(given, say) as source:
-        made = driver.build(source, given["output"] or driver.default_output(source.name), options, say)
+        made = driver.build(source, output, options, say)
     if made.prepared:
         if not given["prepare"]:
             raise EnvironmentMissing(made.manifest["missing"])

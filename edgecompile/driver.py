@@ -133,13 +133,26 @@ def _target_spec(options: Options) -> str:
     return target.pipelines[options.precision]
 
 
-def check(source: str, options: Options) -> None:
+class _GivenUp(Exception):
+    """A folder was only tried."""
+
+
+def check(source: str, out: Path, options: Options) -> None:
     """Refuse what can be seen to be impossible before the source is loaded.
 
     Raises:
-        InputError: the target has no such precision, or a score is to be kept and the source cannot have one.
+        InputError: the target has no such precision or option, there is no such pass, the bundle cannot be written, or
+            a score is to be kept and the source cannot have one.
     """
-    if not _keeps_score(_pipeline(options)):
+    if Path(source).is_dir() and not bundle.is_bundle(source):
+        return  # loading it says what is wrong
+    pipeline = _pipeline(options)
+    if not options.device:  # a board may have what is not installed here
+        registry.target(options.target).check(options.target_options)
+    _require_replaceable(out)
+    with contextlib.suppress(_GivenUp), new_folder(out):
+        raise _GivenUp
+    if not _keeps_score(pipeline):
         return
     path = Path(re.sub(r"\.py:[^/]*$", ".py", source))
     if path.suffix == ".py" and path.is_file():
@@ -174,6 +187,11 @@ def default_output(name: str) -> Path:
     return Path("build") / "_".join(filter(None, (Path(stem).stem, factory)))
 
 
+def _require_replaceable(out: Path) -> None:
+    if out.is_dir() and any(out.iterdir()) and not bundle.is_bundle(out):
+        raise InputError(f"{out} holds something that is not a bundle", "it would be replaced", "choose another -o")
+
+
 def build(source: Source, out: Path, options: Options, progress: Callable[[str], None] | None = None) -> Bundle:
     """Run the passes, lower, prove parity, evaluate, measure, and write the bundle as a whole or not at all.
 
@@ -194,8 +212,7 @@ def build(source: Source, out: Path, options: Options, progress: Callable[[str],
         EnvironmentMissing: the target's runtime is missing.
     """
     say = progress or (lambda _: None)
-    if out.is_dir() and any(out.iterdir()) and not bundle.is_bundle(out):
-        raise InputError(f"{out} holds something that is not a bundle", "it would be replaced", "choose another -o")
+    _require_replaceable(out)
     with remote.open_target(options.target, options.device, say) as target:
         source = _fixed(source) if target.static else source
         try:

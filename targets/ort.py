@@ -50,6 +50,10 @@ class OrtTarget(Target):
         """ONNX Runtime and each provider: compiled in or not, usable or not."""
         return list(ort_session.probe())
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """See :meth:`edgecompile.target.Target.check`."""
+        ort_session.parse(ort_session.runtime(), options)
+
     def build(
         self, graph: Graph, folder: Path, options: Mapping[str, Any], say: Callable[[str], None] | None = None
     ) -> Engine:

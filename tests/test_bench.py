@@ -253,13 +253,14 @@ def test_a_file_of_the_bundle_is_not_overwritten(small: Bundle):
         bench.keep(Bundle(small.path, listed), {})
 
 
-def test_it_ends_when_the_median_is_known_or_the_time_is_up(small: Bundle, quick):
+def test_it_ends_when_the_median_is_known_or_the_time_is_up(small: Bundle, quick, monkeypatch):
+    monkeypatch.setattr(bench, "_SLICE", 0.05)
     feeds, told = small.probe()[0], []
     easy = bench.run(small, feeds, seconds=30, precision=10.0, sessions=7, progress=told.append)
     assert easy.settled and easy.seconds < 15 and len(easy.timing.sessions) == 7
     assert told == sorted(told) and len(told) == 7 and told[-1] <= 1
-    hard = bench.run(small, feeds, seconds=1.0, precision=1e-9, sessions=2)
-    assert not hard.settled and 1.0 <= hard.seconds < 6 and hard.wanted == 1e-9
+    hard = bench.run(small, feeds, seconds=0.5, precision=1e-9, sessions=2)
+    assert not hard.settled and 0.5 <= hard.seconds < 6 and hard.wanted == 1e-9
 
 
 def test_memory_grows_with_the_weights(tmp_path, measured: BenchResult, quick):

@@ -48,6 +48,7 @@ def test_dict_outputs(tmp_path):
     assert source.notes == ("outputs that are no tensors are left out: num_classes (int)",)
 
 
+@pytest.mark.slow
 def test_accuracy(tmp_path):
     pytest.importorskip("torch")
     source = load(str(EXAMPLES / "accuracy.py"), folder=tmp_path / "scratch")

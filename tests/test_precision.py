@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -11,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from edgecompile import bundle, driver, frontend
 from edgecompile.errors import InputError
+from edgecompile.frontend import Source, UserFile
 from edgecompile.measure import Samples
 from edgecompile.pipeline import Drop, Step, Trace
 from edgecompile.sensitivity import LayerScore, Search
@@ -46,12 +49,51 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=dict(os.environ))
 
 
+def network() -> onnx.ModelProto:
+    """The layers of NET as an ONNX file has them, for what does not need the user's file."""
+    rng = np.random.default_rng(1)
+    nodes, weights, last = [], [], "x"
+
+    def layer(op: str, out: int, into: int, *kernel: int, **options) -> None:
+        nonlocal last
+        number = len(nodes)
+        for name, shape in ((f"w{number}", (out, into, *kernel)), (f"b{number}", (out,))):
+            values = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) or 1)
+            weights.append(numpy_helper.from_array(values.astype(np.float32), name))
+        nodes.append(
+            helper.make_node(op, [last, f"w{number}", f"b{number}"], [f"t{number}"], f"{op}{number}", **options)
+        )
+        last = f"t{number}"
+
+    def plain(op: str) -> None:
+        nonlocal last
+        nodes.append(helper.make_node(op, [last], [f"t{len(nodes)}"], f"{op}{len(nodes)}"))
+        last = f"t{len(nodes) - 1}"
+
+    for into, pads in ((3, [1, 1, 1, 1]), (32, [1, 1, 1, 1]), (32, [0, 0, 0, 0])):
+        layer("Conv", 32, into, 3, 3, pads=pads)
+        plain("Relu")
+    plain("GlobalAveragePool")
+    plain("Flatten")
+    layer("Gemm", 5, 32, transB=1)
+    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 3, 24, 24]), (last, [1, 5]))]
+    graph = helper.make_graph(nodes, "net", ports[:1], ports[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("EDGECOMPILE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "plain.py").write_text(NET)
     (tmp_path / "data.py").write_text(NET + DATA)
+    onnx.save(network(), tmp_path / "net.onnx")
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).standard_normal((4, 3, 24, 24)).astype(np.float32))
     return tmp_path
+
+
+@pytest.fixture
+def source(folder) -> Source:
+    return frontend.load(str(folder / "net.onnx"), folder=folder / "scratch")
 
 
 def ops(path: Path) -> set[str]:
@@ -62,7 +104,7 @@ def ops(path: Path) -> set[str]:
 
 
 def test_int8_without_data_stops_and_says_how_to_give_some(folder):
-    done = run("build", "plain.py", "--precision", "int8", "-o", "out", "--no-bench", cwd=folder)
+    done = run("build", "net.onnx", "--precision", "int8", "-o", "out", "--no-bench", cwd=folder)
     assert done.returncode == 2 and "--calib" in done.stderr and "Traceback" not in done.stderr
     assert not (folder / "out").exists()
 
@@ -78,10 +120,7 @@ def test_int8_from_the_data_of_the_users_file(folder):
 
 
 def test_data_from_a_file_and_random_data_only_when_asked_for(folder):
-    rng = np.random.default_rng(0)
-    np.savez(folder / "images.npz", args_0=rng.standard_normal((4, 3, 24, 24)).astype(np.float32))
-    np.save(folder / "images.npy", rng.standard_normal((4, 3, 24, 24)).astype(np.float32))
-    line = ("build", "plain.py", "--precision", "int8", "--no-bench", "--json", "--calib-memory", "64MiB")
+    line = ("build", "net.onnx", "--precision", "int8", "--no-bench", "--json", "--calib-memory", "64MiB")
     done = run(*line, "--calib", "images.npy", "-o", "a", cwd=folder)
     assert done.returncode == 0 and not json.loads(done.stdout)["warnings"], done.stderr
     done = run(*line, "--calib", "random:2", "-o", "b", cwd=folder)
@@ -90,13 +129,15 @@ def test_data_from_a_file_and_random_data_only_when_asked_for(folder):
     assert done.returncode == 2 and not (folder / "c").exists()
 
 
-def test_an_error_in_calibration_data_names_the_line(folder):
-    (folder / "wrong.py").write_text(NET + "\n\ndef calibration_data():\n    yield torch.zeros(1, 3, 5, 5)[9]\n")
-    done = run("build", "wrong.py", "--precision", "int8", "-o", "out", "--no-bench", cwd=folder)
-    assert done.returncode == 2 and "wrong.py:16" in done.stderr, done.stderr
-    (folder / "wrong.py").write_text(NET + "\n\ndef calibration_data():\n    yield torch.zeros(1, 3, 5, 5)\n")
-    done = run("build", "wrong.py", "--precision", "int8", "-o", "out", "--no-bench", cwd=folder)
-    assert done.returncode == 2 and "24" in done.stderr and not (folder / "out").exists()
+def test_an_error_in_calibration_data_names_the_line(folder, source):
+    path = folder / "wrong.py"
+    file = UserFile({"kind": "python", "path": str(path), "factory": "model", "seed": 0}, ("calibration_data",))
+    source = dataclasses.replace(source, file=file)
+    for value, message in (("torch.zeros(1, 3, 5, 5)[9]", r"wrong\.py:16"), ("torch.zeros(1, 3, 5, 5)", "1x3x24x24")):
+        path.write_text(NET + f"\n\ndef calibration_data():\n    yield {value}\n")
+        with pytest.raises(InputError, match=message):
+            driver.build(source, folder / "out", driver.Options(precision="int8", bench=False))
+        assert not (folder / "out").exists()
 
 
 def test_images_are_read_as_the_configuration_says(folder):
@@ -106,7 +147,7 @@ def test_images_are_read_as_the_configuration_says(folder):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 30, 3), np.uint8)
         image.fromarray(pixels).save(folder / "images" / f"{number}.png")
     (folder / "edgecompile.toml").write_text("[preprocess]\nsize = [24, 24]\nmean = [0.5, 0.5, 0.5]\nstd = 0.25\n")
-    line = ("build", "plain.py", "--precision", "int8", "--no-bench", "--calib", "images", "-o", "out")
+    line = ("build", "net.onnx", "--precision", "int8", "--no-bench", "--calib", "images", "-o", "out")
     done = run(*line, "--config", "edgecompile.toml", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "edgecompile.toml").write_text("[preprocess]\nsize = [24, 24]\nmeen = [0.5, 0.5, 0.5]\n")
@@ -143,14 +184,14 @@ def test_an_engine_must_be_faster_than_what_it_was_made_from(engine, slower):
 
 
 @pytest.mark.parametrize("force", [False, True])
-def test_the_faster_engine_is_the_result_unless_forced(folder, monkeypatch, force):
+def test_the_faster_engine_is_the_result_unless_forced(folder, source, monkeypatch, force):
     real, said = driver._slower, []
     monkeypatch.setattr(
         driver, "_slower", lambda arms, stages, layers, options: "" if real({}, stages, layers, options) else
         "int8 is not faster" if options.precision == "int8" else "",
     )  # fmt: skip
-    source = frontend.load(str(folder / "data.py"), folder=folder / "scratch")
-    options = driver.Options(precision="int8", seconds=0.5, force=force, target_options={"threads": 1})
+    calib = str(folder / "images.npy")
+    options = driver.Options(precision="int8", seconds=0.1, force=force, target_options={"threads": 1}, calib=calib)
     made = driver.build(source, folder / "out", options, said.append)
     assert made.manifest["precision"] == ("int8" if force else "fp32")
     report = json.loads((folder / "out" / "report.json").read_text())
@@ -168,9 +209,8 @@ def test_the_faster_engine_is_the_result_unless_forced(folder, monkeypatch, forc
     [("clean,quantize{min_snr=90,seconds=20}", "keep the budget"), ("clean,quantize{skip=*}", "no layer of the model")],
 )
 def test_int8_without_a_layer_in_int8_says_that_it_is_fp32(folder, passes, why):
-    done = run(
-        "build", "data.py", "--precision", "int8", "--passes", passes, "--no-bench", "-o", "out", "--json", cwd=folder
-    )  # fmt: skip
+    line = ("build", "net.onnx", "--precision", "int8", "--calib", "images.npy", "--no-bench", "-o", "out", "--json")
+    done = run(*line, "--passes", passes, cwd=folder)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert why in report["warnings"][0] and report["warnings"][0].endswith("this is fp32")
@@ -179,8 +219,7 @@ def test_int8_without_a_layer_in_int8_says_that_it_is_fp32(folder, passes, why):
     assert "QuantizeLinear" not in ops(folder / "out")
 
 
-def test_fp16_keeps_its_budget(folder):
-    source = frontend.load(str(folder / "plain.py"), folder=folder / "scratch")
+def test_fp16_keeps_its_budget(folder, source):
     made = driver.build(source, folder / "out", driver.Options(precision="fp16", bench=False, min_snr=45.0))
     assert "Cast" in ops(made.path) and made.manifest["passes"].endswith("cast{min_snr=45.0}")
     stored = onnx.load(made.path / "model.onnx").graph.initializer
@@ -265,12 +304,13 @@ def test_an_error_in_the_score_stops_the_build(folder):
 def test_a_score_needs_evaluate_and_that_is_said_before_anything_is_done(folder, name, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(InputError, match="needs a score") as caught:
-        driver.check(name, driver.Options(precision="int8", max_drop=Drop("0.5%")))
+        driver.check(name, folder / "out", driver.Options(precision="int8", max_drop=Drop("0.5%")))
     assert "def evaluate(run)" in caught.value.fix
-    driver.check(name, driver.Options(precision="int8"))
-    driver.check(name, driver.Options(max_drop=Drop("0.5%")))  # in fp32 there is nothing to lose
+    driver.check(name, folder / "out", driver.Options(precision="int8"))
+    driver.check(name, folder / "out", driver.Options(max_drop=Drop("0.5%")))  # in fp32 there is nothing to lose
     (folder / "scored.py").write_text(NET + SCORE)
-    driver.check("scored.py:model", driver.Options(precision="int8", max_drop=Drop("0.5%")))
+    driver.check("scored.py:model", folder / "out", driver.Options(precision="int8", max_drop=Drop("0.5%")))
+    assert not (folder / "out").exists()
 
 
 def test_time_saved_is_that_of_the_kernels_that_hold_a_layer():
@@ -295,8 +335,7 @@ def test_time_saved_is_that_of_the_kernels_that_hold_a_layer():
     assert not driver._saved(Opener, arms, [], trace, now, {})  # type: ignore[arg-type]
 
 
-def test_a_precision_that_a_target_lacks(folder):
-    source = frontend.load(str(folder / "plain.py"), folder=folder / "scratch")
+def test_a_precision_that_a_target_lacks(folder, source):
     with pytest.raises(InputError, match="cannot build bf16"):
         driver.build(source, folder / "out", driver.Options(precision="bf16"))
 
@@ -306,7 +345,7 @@ def test_a_precision_that_a_target_lacks(folder):
 
 def test_trt_is_prepared_where_it_cannot_be_built(folder):
     pytest.importorskip("edgecompile.targets.trt")
-    line = ("build", "plain.py", "--target", "trt", "-o", "out")
+    line = ("build", "net.onnx", "--target", "trt", "-o", "out")
     done = run(*line, cwd=folder)
     if done.returncode == 0:
         pytest.skip("TensorRT is here")
@@ -320,5 +359,5 @@ def test_trt_is_prepared_where_it_cannot_be_built(folder):
     assert bundle.Bundle.open(folder / "out").manifest["precision"] == "fp16", "a bundle remembers what it is"
     done = run("bench", "out", cwd=folder)
     assert done.returncode == 4 and "edgecompile build out" in done.stderr
-    done = run("build", "plain.py", "--target", "ort", "--prepare", "-o", "other", cwd=folder)
+    done = run("build", "net.onnx", "--target", "ort", "--prepare", "-o", "other", cwd=folder)
     assert done.returncode == 2 and not (folder / "other").exists()

@@ -49,6 +49,11 @@ class TvmTarget(Target):
         """TVM, the CPU it compiles for by default, the linkers, and the compiler for CUDA."""
         return list(_capabilities())
 
+    def check(self, options: Mapping[str, Any]) -> None:
+        """See :meth:`edgecompile.target.Target.check`."""
+        runtime()
+        tvm_options.require_linker(tvm_options.parse(options))
+
     def build(
         self, graph: Graph, folder: Path, options: Mapping[str, Any], say: Callable[[str], None] | None = None
     ) -> Engine:
