@@ -148,7 +148,8 @@ def check(source: str, out: Path, options: Options) -> None:
         return  # loading it says what is wrong
     pipeline = _pipeline(options)
     if not options.device:  # a board may have what is not installed here
-        registry.target(options.target).check(options.target_options)
+        with contextlib.suppress(EnvironmentMissing):  # it is told when it is needed: the source may lack more
+            registry.target(options.target).check(options.target_options)
     _require_replaceable(out)
     with contextlib.suppress(_GivenUp), new_folder(out):
         raise _GivenUp

@@ -289,7 +289,7 @@ def test_sessions_are_the_unit_of_evidence():
         opened.append(work)
         yield {"a": lambda: sum(range(work[0])), "b": lambda: sum(range(work[1]))}
 
-    samples = measure.interleave_sessions(open_arms, "thread_cpu", sessions=6, seconds=0.6)
+    samples = measure.interleave_sessions(open_arms, "thread_cpu", sessions=6, seconds=1.5)
     both = measure.ratio(samples["a"], samples["b"])
     assert both.rounds == 6 and both.confidence >= 0.95
     assert both.low < 1 < both.high, "the interval spans what the sessions showed"

@@ -366,7 +366,9 @@ def check_export(side: int, path: Path, dynamo: bool, batches: tuple[int, ...]) 
         assert relative_error(actual, model(image)) > 1e-5
 
 
-@pytest.mark.parametrize("dynamo", [False, True], ids=["legacy", "dynamo"])
+@pytest.mark.parametrize(
+    "dynamo", [pytest.param(False, id="legacy"), pytest.param(True, id="dynamo", marks=pytest.mark.slow)]
+)
 def test_exported_model_computes_the_same_for_any_batch(dynamo, tmp_path):
     path = tmp_path / "model.onnx"
     check_export(32, path, dynamo, (1, 3))

@@ -227,7 +227,7 @@ def test_folded_form_tells_a_changed_weight(net, images):
         pytest.param(False, False, id="legacy-static"),
         pytest.param(False, True, id="legacy-dynamic"),
         pytest.param(True, False, id="dynamo-static", marks=pytest.mark.slow),
-        pytest.param(True, True, id="dynamo-dynamic"),
+        pytest.param(True, True, id="dynamo-dynamic", marks=pytest.mark.slow),
     ],
 )
 def test_exports(tmp_path, dynamo, dynamic):

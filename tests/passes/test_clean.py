@@ -1025,7 +1025,7 @@ STEPS = {
 @pytest.mark.parametrize(
     "step",
     [
-        pytest.param(step, id=name, marks=[] if name in ("shapes", "equal nodes") else pytest.mark.slow)
+        pytest.param(step, id=name, marks=[] if name in ("identities", "equal nodes") else pytest.mark.slow)
         for name, step in STEPS.items()
     ],
 )

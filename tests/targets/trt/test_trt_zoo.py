@@ -113,6 +113,7 @@ def test_a_model_of_each_family(name: str, tmp_path: Path, install: Install):
     check(name, SMALL[name], tmp_path, install, (version,), precisions)
 
 
+@pytest.mark.slow
 def test_the_benchmark_keeps_the_rows_of_other_models(tmp_path: Path):
     output = tmp_path / "rows.json"
     others = [{"model": name, "precisions": {}} for name in ("no_such_model", "repvgg_cifar", "shvit_s1")]
