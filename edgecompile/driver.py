@@ -33,7 +33,7 @@ from edgecompile import (
 )
 from edgecompile.bundle import Bundle
 from edgecompile.errors import EnvironmentMissing, InputError, ParityError
-from edgecompile.files import new_folder, write_atomic
+from edgecompile.files import check_new_folder, new_folder, write_atomic
 from edgecompile.frontend import Source
 from edgecompile.graph import Graph
 from edgecompile.oracle import OutputError, Outputs
@@ -133,10 +133,6 @@ def _target_spec(options: Options) -> str:
     return target.pipelines[options.precision]
 
 
-class _GivenUp(Exception):
-    """A folder was only tried."""
-
-
 def check(source: str, out: Path, options: Options) -> None:
     """Refuse what can be seen to be impossible before the source is loaded.
 
@@ -151,8 +147,7 @@ def check(source: str, out: Path, options: Options) -> None:
         with contextlib.suppress(EnvironmentMissing):  # it is told when it is needed: the source may lack more
             registry.target(options.target).check(options.target_options)
     _require_replaceable(out)
-    with contextlib.suppress(_GivenUp), new_folder(out):
-        raise _GivenUp
+    check_new_folder(out)
     if not _keeps_score(pipeline):
         return
     path = Path(re.sub(r"\.py:[^/]*$", ".py", source))

@@ -42,6 +42,35 @@ def new_folder(path: Path) -> Iterator[Path]:
     Raises:
         InputError: the parent folder cannot be written, or ``path`` exists and is not a folder.
     """
+    old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+    with _beside(path) as temporary:
+        try:
+            yield temporary
+            if path.exists():
+                path.rename(old)
+            temporary.rename(path)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise cannot_write(path, error) from None
+        finally:
+            if old.exists() and not path.exists():
+                old.rename(path)
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def check_new_folder(path: Path) -> None:
+    """Refuse a path that :func:`new_folder` would refuse; nothing is left of the attempt.
+
+    Raises:
+        InputError: as :func:`new_folder` before its block.
+    """
+    with _beside(path):
+        pass
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """An empty temporary folder; it goes when the block ends, with parents made for it if ``path`` is not there."""
     if path.exists() and not path.is_dir():
         raise InputError(f"cannot write {path}", "a file of that name exists", "choose another output folder")
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
@@ -51,20 +80,10 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary.mkdir()
     except OSError as error:
         raise cannot_write(path, error) from None
-    old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
     try:
         yield temporary
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        raise cannot_write(path, error) from None
     finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
         if not path.exists():
             with contextlib.suppress(OSError):
                 for parent in made:

@@ -503,30 +503,35 @@ def affinity() -> list[int]:
     return list(range(os.cpu_count() or 1))
 
 
+def core(cpu: int, read: Callable[[str], str] | None = None) -> str:
+    """The physical core of a CPU, as the list of all CPUs that it appears as; ``""`` if the machine does not tell.
+
+    Args:
+        cpu: its number.
+        read: reads a small file of the machine that has it, ``""`` if there is none; by default of this one.
+    """
+    return (read or _read)(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+
+
 def for_threads(cpus: Iterable[int], read: Callable[[str], str] | None = None) -> list[int]:
     """CPUs in the order in which threads should get them: fast cores first, and one CPU of each core before its others.
 
     Args:
         cpus: their numbers.
-        read: reads a small file of the machine that has them, ``""`` if there is none; by default of this one.
+        read: as for :func:`core`.
     """
     cores, ranked = set(), []
     for cpu in cpus:
-        folder = f"/sys/devices/system/cpu/cpu{cpu}"
-        core = (read or _read)(f"{folder}/topology/thread_siblings_list") or str(cpu)
-        hertz = (read or _read)(f"{folder}/cpufreq/cpuinfo_max_freq")
-        ranked.append((core in cores, -int(hertz) if hertz.isdigit() else 0, cpu))
-        cores.add(core)
+        of = core(cpu, read) or str(cpu)
+        hertz = (read or _read)(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/cpuinfo_max_freq")
+        ranked.append((of in cores, -int(hertz) if hertz.isdigit() else 0, cpu))
+        cores.add(of)
     return [cpu for *_, cpu in sorted(ranked)]
 
 
 def available_cores() -> int:
     """Physical cores that this process may use: by affinity, and at most what a container's CPU quota gives."""
-    cores = set()
-    for cpu in affinity():
-        folder = f"/sys/devices/system/cpu/cpu{cpu}/topology"
-        core = _read(f"{folder}/core_id")
-        cores.add((_read(f"{folder}/physical_package_id"), core) if core else cpu)
+    cores = {core(cpu) or cpu for cpu in affinity()}
     quota, _, period = _read("/sys/fs/cgroup/cpu.max").partition(" ")
     limit = math.ceil(int(quota) / int(period)) if quota.isdigit() and period.isdigit() else len(cores)
     return max(1, min(len(cores), limit))

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
+from test_qdq import graph_of
 
 from edgecompile import bundle, driver, frontend
 from edgecompile.errors import InputError
 from edgecompile.frontend import Source, UserFile
+from edgecompile.graph import Graph
 from edgecompile.measure import Samples
 from edgecompile.pipeline import Drop, Step, Trace
 from edgecompile.sensitivity import LayerScore, Search
@@ -49,36 +50,19 @@ def run(*arguments: object, cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=dict(os.environ))
 
 
-def network() -> onnx.ModelProto:
+def network() -> Graph:
     """The layers of NET as an ONNX file has them, for what does not need the user's file."""
-    rng = np.random.default_rng(1)
-    nodes, weights, last = [], [], "x"
-
-    def layer(op: str, out: int, into: int, *kernel: int, **options) -> None:
-        nonlocal last
-        number = len(nodes)
-        for name, shape in ((f"w{number}", (out, into, *kernel)), (f"b{number}", (out,))):
-            values = rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]) or 1)
-            weights.append(numpy_helper.from_array(values.astype(np.float32), name))
-        nodes.append(
-            helper.make_node(op, [last, f"w{number}", f"b{number}"], [f"t{number}"], f"{op}{number}", **options)
-        )
-        last = f"t{number}"
-
-    def plain(op: str) -> None:
-        nonlocal last
-        nodes.append(helper.make_node(op, [last], [f"t{len(nodes)}"], f"{op}{len(nodes)}"))
-        last = f"t{len(nodes) - 1}"
-
-    for into, pads in ((3, [1, 1, 1, 1]), (32, [1, 1, 1, 1]), (32, [0, 0, 0, 0])):
-        layer("Conv", 32, into, 3, 3, pads=pads)
-        plain("Relu")
-    plain("GlobalAveragePool")
-    plain("Flatten")
-    layer("Gemm", 5, 32, transB=1)
-    ports = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [1, 3, 24, 24]), (last, [1, 5]))]
-    graph = helper.make_graph(nodes, "net", ports[:1], ports[1:], weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    rng, held = np.random.default_rng(1), {}
+    for name, shape in {"0": (32, 3, 3, 3), "1": (32, 32, 3, 3), "2": (32, 32, 3, 3), "3": (5, 32)}.items():
+        held[f"w{name}"] = (rng.standard_normal(shape) / np.sqrt(np.prod(shape[1:]))).astype(np.float32)
+        held[f"b{name}"] = rng.standard_normal(shape[0]).astype(np.float32)
+    text = """(float[1,3,24,24] x) => (float[1,5] y) {
+        c0 = Conv <pads=[1,1,1,1]> (x, w0, b0)  r0 = Relu (c0)
+        c1 = Conv <pads=[1,1,1,1]> (r0, w1, b1)  r1 = Relu (c1)
+        c2 = Conv (r1, w2, b2)  r2 = Relu (c2)
+        p = GlobalAveragePool (r2)  f = Flatten (p)  y = Gemm <transB=1> (f, w3, b3)
+    }"""
+    return graph_of(text, 18, **held)
 
 
 @pytest.fixture
@@ -86,7 +70,7 @@ def folder(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("EDGECOMPILE_CACHE", str(tmp_path / "cache"))
     (tmp_path / "plain.py").write_text(NET)
     (tmp_path / "data.py").write_text(NET + DATA)
-    onnx.save(network(), tmp_path / "net.onnx")
+    network().save(tmp_path / "net.onnx")
     np.save(tmp_path / "images.npy", np.random.default_rng(0).standard_normal((4, 3, 24, 24)).astype(np.float32))
     return tmp_path
 

@@ -208,12 +208,10 @@ class Link:
         return self._facts
 
     def _told(self) -> Facts:
-        siblings = [
-            self._read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") for cpu in self._cpus()
-        ]
+        cores = [measure.core(cpu, self._read) for cpu in self._cpus()]
         facts = Facts(
-            cpus=len(siblings),
-            cores=len(set(siblings)),
+            cpus=len(cores),
+            cores=len(set(cores)),
             governor=self._read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
             board=self._read("/sys/firmware/devicetree/base/model"),
         )
